@@ -1,0 +1,1 @@
+"""Recipes shipped with fewbits, one TOML file each."""

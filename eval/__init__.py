@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, divergence from a baseline, zero-shot tasks, speed."""

@@ -1,0 +1,154 @@
+"""Uniform integers of 1 to 8 bits with one scale, and where asymmetric one zero point, per group of columns.
+
+``value = scale * (code - zero_point)``, ``code`` and ``zero_point`` in ``[0, 2**bits)``; symmetric fixes
+``zero_point = 2**(bits - 1)``. Tensors on disk have the names and the layout of compressed-tensors ``pack-quantized``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
+from fewbits.quant.errors import FormatError
+from fewbits.quant.types import Params
+
+_NAME = re.compile(r"int([1-8])(_sym)?_(?:g([1-9]\d*)|row)(_bf16|_f32)?")
+_SCALE_DTYPES = {"": torch.float16, "_bf16": torch.bfloat16, "_f32": torch.float32}
+_SCALE_NAMES = {v: k for k, v in _SCALE_DTYPES.items()}
+
+# Shrink factors tried by the clip search. The optimum of a group of real weights lies between 0.45 (2 bits) and 1.
+_SHRINKS = [1 - 0.025 * i for i in range(26)]
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Integers of ``code_bits`` bits over groups of ``group_size`` columns (None: the whole row)."""
+
+    code_bits: int
+    group_size: int | None
+    symmetric: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    span = 1
+    width = 1
+
+    @property
+    def name(self) -> str:
+        group = f"g{self.group_size}" if self.group_size else "row"
+        return f"int{self.code_bits}{'_sym' if self.symmetric else ''}_{group}{_SCALE_NAMES[self.scale_dtype]}"
+
+    @staticmethod
+    def parse(name: str) -> IntFormat | None:
+        """``int4_g64``, ``int8_sym_row``, ``int3_g128_bf16``; None when the name is of another family."""
+        if not (m := _NAME.fullmatch(name)):
+            return None
+        bits, sym, group, dtype = m.groups()
+        return IntFormat(int(bits), int(group) if group else None, bool(sym), _SCALE_DTYPES[dtype or ""])
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.code_bits
+
+    def groups(self, columns: int) -> int:
+        size = self.group_size or columns
+        if columns % size:
+            divisors = [str(d) for d in (16, 32, 64, 96, 128, 192, 256) if columns % d == 0]
+            hint = f"one that divides it ({', '.join(divisors)}) or " if divisors else ""
+            raise FormatError(f"K = {columns} is not a multiple of group_size {size}; choose {hint}'row' or 'auto'")
+        return columns // size
+
+    # -- choosing parameters ------------------------------------------------------------------------------------
+
+    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        """Scale and zero point of groups ``weight (..., g)``, rounded to what is stored.
+
+        Without ``importance``: the range of the group, widened to contain 0. With it: the range shrunk by whichever
+        factor minimizes ``sum_j importance_j (w_j - q_j)^2`` (bits: a search over 26 factors, both ends together).
+        """
+        low = weight.amin(-1).clamp(max=0)
+        high = weight.amax(-1).clamp(min=0)
+        if importance is None:
+            return self._params(low, high)
+        best = self._params(low, high)
+        best_error = self._error(weight, importance, best)
+        for shrink in _SHRINKS[1:]:
+            trial = self._params(low * shrink, high * shrink)
+            error = self._error(weight, importance, trial)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = {k: torch.where(better, trial[k], best[k]) for k in best}
+        return best
+
+    def _error(self, weight: Tensor, importance: Tensor, params: Params) -> Tensor:
+        wide = {k: v.unsqueeze(-1) for k, v in params.items()}
+        return ((weight - self.decode(self.encode(weight, wide), wide)).square() * importance).sum(-1)
+
+    def _params(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        if self.symmetric:
+            # codes reach -2^(b-1) but only 2^(b-1) - 1 upwards; half a step of clipping at the top is the usual deal
+            ideal = torch.maximum(-low, high) / max(self.levels / 2 - 0.5, 0.5)
+        else:
+            ideal = (high - low) / (self.levels - 1)
+        scale = self._storable(ideal)
+        if self.symmetric:
+            return {"scale": scale}
+        zero = torch.round(-low / scale.float()).clamp(0, self.levels - 1)
+        return {"scale": scale, "zero_point": zero.to(torch.uint8)}
+
+    def _storable(self, ideal: Tensor) -> Tensor:
+        """Scales as stored; an all-zero group gets 1, so that it decodes to exact zeros."""
+        limits = torch.finfo(self.scale_dtype)
+        scale = torch.where(ideal > 0, ideal, torch.ones_like(ideal)).clamp(limits.smallest_normal, limits.max)
+        return scale.to(self.scale_dtype)
+
+    def fits_range(self, weight: Tensor) -> bool:
+        """False when a group's scale would leave the normal range of ``scale_dtype`` (then store bfloat16 scales)."""
+        step = (weight.amax(-1).clamp(min=0) - weight.amin(-1).clamp(max=0)) / (self.levels - 1)
+        limits = torch.finfo(self.scale_dtype)
+        return bool(((step == 0) | ((step > 4 * limits.smallest_normal) & (step < limits.max / 4))).all())
+
+    # -- codes --------------------------------------------------------------------------------------------------
+
+    def _zero(self, params: Params) -> Tensor | float:
+        return self.levels / 2 if self.symmetric else params["zero_point"].float()
+
+    def encode(self, values: Tensor, params: Params) -> Tensor:
+        codes = torch.round(values / params["scale"].float()).add_(self._zero(params))
+        return codes.clamp_(0, self.levels - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return (codes.float() - self._zero(params)) * params["scale"].float()
+
+    # -- disk ---------------------------------------------------------------------------------------------------
+
+    def storage(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        groups = self.groups(columns)
+        out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight_packed": ((rows, packed_words(columns, self.code_bits)), torch.int32),
+            "weight_scale": ((rows, groups), self.scale_dtype),
+        }
+        if not self.symmetric:
+            out["weight_zero_point"] = ((packed_words(rows, self.code_bits), groups), torch.int32)
+        return out
+
+    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        out = {"weight_packed": pack_rows(codes, self.code_bits), "weight_scale": params["scale"].contiguous()}
+        if not self.symmetric:  # zero points are packed along the rows
+            out["weight_zero_point"] = pack_rows(params["zero_point"].T, self.code_bits).T.contiguous()
+        return out
+
+    def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
+        for name, (shape, dtype) in self.storage(rows, columns).items():
+            if (t := tensors.get(name)) is None:
+                raise FormatError(f"{name}: missing, {self.name} needs it; the checkpoint is incomplete")
+            if tuple(t.shape) != shape or t.dtype != dtype:
+                raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {self.name} needs {shape} {dtype}")
+        params = {"scale": tensors["weight_scale"]}
+        if not self.symmetric:
+            params["zero_point"] = unpack_rows(tensors["weight_zero_point"].T.contiguous(), self.code_bits, rows).T
+        return unpack_rows(tensors["weight_packed"], self.code_bits, columns), params

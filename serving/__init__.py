@@ -1,0 +1,1 @@
+"""Serving: how engines load what fewbits makes."""

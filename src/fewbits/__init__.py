@@ -1,0 +1,40 @@
+"""fewbits: low-bit weights for large language models.
+
+The front door. Importing it is cheap (no torch until a function is used), and it teaches transformers to load
+fewbits checkpoints: at once if transformers is already imported, else at the moment it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "quantize": "fewbits.quant.pipeline",
+    "load": "fewbits.serving.transformers",
+    "evaluate": "fewbits.eval.report",
+    "Recipe": "fewbits.quant.recipe",
+    "FewbitsError": "fewbits.quant.errors",
+}
+
+__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "load", "quantize"]
+
+if TYPE_CHECKING:
+    from fewbits.eval.report import evaluate
+    from fewbits.quant.errors import FewbitsError
+    from fewbits.quant.pipeline import quantize
+    from fewbits.quant.recipe import Recipe
+    from fewbits.serving.transformers import load
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
