@@ -1,0 +1,211 @@
+"""Statistics for one block at a time: which passes to run, what to sum, and how hidden states move on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.lint import lint_experts, lint_tokens
+from fewbits.calibration.stats import Gram
+from fewbits.calibration.stored import StoredStats
+from fewbits.calibration.stream import BATCH_TOKENS, Block, Call, HiddenStates, StreamedModel
+from fewbits.quant.errors import CalibrationError
+from fewbits.quant.recipe import Recipe
+from fewbits.quant.targets import Target
+from fewbits.quant.types import LayerStats, QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+HIDDEN_LIMIT_BYTES = 2 << 30
+"""Hidden states beyond this go to disk. Changes no number."""
+
+
+def make_batches(tokens: Tensor, mask: Tensor) -> list[Tensor]:
+    """Rows of token ids in batches ``(B, L)``. A padded row runs alone, cut to its length: padding is never computed."""
+    length = tokens.shape[1]
+    lengths = mask.sum(1).tolist()
+    whole = tokens[[i for i, n in enumerate(lengths) if n == length]]
+    size = max(1, BATCH_TOKENS // length)
+    batches = [whole[i : i + size] for i in range(0, len(whole), size)]
+    return batches + [tokens[i : i + 1, mask[i]] for i, n in enumerate(lengths) if 0 < n < length]
+
+
+class Collector:
+    """Feeds calibration text through the blocks and gathers what the quantizer needs.
+
+    Args:
+        wanted: names of the targets that will be quantized.
+        text: calibration rows, or None when the quantizer needs no statistics.
+        stored: statistics of the original model kept on disk for several recipes, or None.
+
+    Raises:
+        CalibrationError: settings that contradict each other.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, recipe: Recipe, wanted: Iterable[str], text: CalibrationSet | None,
+        stored: StoredStats | None = None,
+    ) -> None:
+        self.streamed, self.settings, self.wanted = streamed, recipe.calibration, set(wanted)
+        self.warnings: list[str] = []
+        self._stored = stored
+        self._qep = float(recipe.quantizer.get("qep", 0)) > 0
+        self._sequential = self.settings.inputs == "quantized"
+        if not self._sequential and (self.settings.true_sequential or self._qep):
+            raise CalibrationError(
+                "calibration.inputs: 'original' goes with neither true_sequential nor qep, which need the inputs that "
+                "the quantized blocks produce; set calibration.inputs = 'quantized' (and do not keep statistics)"
+            )
+        self.runs = text is not None and not (stored and stored.complete)
+        self._moved = self._original_moved = -1
+        self._twin: tuple[int, nn.Module] | None = None
+        if not self.runs:
+            return
+        assert text is not None
+        hidden, self._calls = streamed.first_inputs(make_batches(text.tokens, text.mask))
+        self._hidden = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None)
+        self._original = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None) if self._qep else None
+        if self._hidden.spilled:
+            log.info("hidden states exceed %d MB and are kept on disk", HIDDEN_LIMIT_BYTES >> 20)
+
+    # -- what is quantized together --------------------------------------------------------------------------------
+
+    def steps(self, block: Block) -> list[list[list[str]]]:
+        """Groups of targets that read one input, in the steps in which they are quantized."""
+        if self.runs:
+            groups = block.shared_inputs(self._hidden[0], self._call(0, block))
+        elif self._stored:
+            groups = self._stored.groups(block.index)
+        else:
+            groups = [[t.name] for t in block.targets]
+        groups = [g for g in groups if self.wanted & set(g)]
+        if not self.settings.true_sequential:
+            return [groups] if groups else []
+        steps: dict[str, list[list[str]]] = {}
+        for group in groups:  # the experts of a layer go together
+            steps.setdefault(re.sub(r"\.\d+$", "", group[0][len(block.name) :]), []).append(group)
+        return list(steps.values())
+
+    # -- statistics ------------------------------------------------------------------------------------------------
+
+    def observe(self, block: Block, step: list[list[str]]) -> dict[str, LayerStats]:
+        """Statistics for each group of a step, under the name of its first target."""
+        kinds = {t.name: t for t in block.targets}
+        if self.runs:
+            device = self.streamed.device
+            grams = {
+                g[0]: Gram(kinds[g[0]].shape[1], device, cross=self._qep and kinds[g[0]].kind != "expert") for g in step
+            }
+            self._pass(block, grams)
+            stats = {name: grams.pop(name).stats() for name in list(grams)}
+            if self._stored:
+                self._stored.write(block.index, step, stats)
+        elif self._stored:
+            stats = self._stored.read(block.index)
+        else:
+            return {}
+        self._lint(kinds, stats)
+        return _pool_starved(stats, kinds)
+
+    def _pass(self, block: Block, grams: dict[str, Gram]) -> None:
+        """One pass over all batches. Outputs are kept where they are what the next block reads."""
+        experts = any(t.kind == "expert" for t in block.targets)
+        skip = self.settings.skip_tokens
+        crossed = {n: g for n, g in grams.items() if g.cross is not None}
+        for i in range(len(self._hidden)):
+            call = self._call(i, block)
+            reference: dict[str, Tensor] = {}
+            if self._original is not None:
+                out = block.observe(self._original[i], call, crossed, skip=skip, module=self._twin_of(block),
+                                    into=reference)
+                if not self.settings.true_sequential and out is not None:
+                    self._original[i] = out
+                    self._original_moved = block.index
+            stop = self._sequential and not experts  # the output is not needed: stop at the last input that is
+            out = block.observe(self._hidden[i], call, grams, skip=skip, reference=reference, stop_early=stop)
+            if not self._sequential and out is not None:
+                self._hidden[i] = out
+                self._moved = block.index
+
+    def _lint(self, kinds: Mapping[str, Target], stats: Mapping[str, LayerStats]) -> None:
+        experts = {n: s.n_tokens for n, s in stats.items() if kinds[n].kind == "expert"}
+        for n, s in stats.items():
+            if n not in experts:
+                self.warnings += lint_tokens(s.n_tokens, {n: kinds[n].shape[1]})
+        if experts:
+            self.warnings += lint_experts(experts, sum(experts.values()))
+
+    # -- moving on -------------------------------------------------------------------------------------------------
+
+    def install(self, block: Block, tensors: Mapping[str, QuantizedTensor]) -> None:
+        """Let the block compute with quantized weights, where later statistics are to see them."""
+        if not self.runs or not self._sequential:
+            return
+        self._twin_of(block)  # must be taken while the block is still the original
+        for name, tensor in tensors.items():
+            block.install(name, tensor.dequantize())
+
+    def advance(self, block: Block) -> None:
+        """Move the hidden states past a block."""
+        if not self.runs:
+            return
+        if self._original is not None and self._original_moved != block.index:
+            twin = self._twin_of(block)
+            for i in range(len(self._original)):
+                self._original[i] = block.run(self._original[i], self._call(i, block), twin)
+        self._twin = None
+        if self._moved != block.index:
+            for i in range(len(self._hidden)):
+                self._hidden[i] = block.run(self._hidden[i], self._call(i, block))
+
+    def _twin_of(self, block: Block) -> nn.Module | None:
+        """The block with its original weights, kept beside the quantized one for QEP."""
+        if self._original is None:
+            return None
+        if self._twin is None or self._twin[0] != block.index:
+            self._twin = block.index, block.original()
+        return self._twin[1]
+
+    def _call(self, batch: int, block: Block) -> Call:
+        return self._calls[batch][block.index]
+
+    def observe_head(self, target: Target) -> LayerStats | None:
+        """Statistics of the output head's input, after all blocks."""
+        if not self.runs:
+            return self._stored.read_head(target.name) if self._stored else None
+        gram = Gram(target.shape[1], self.streamed.device)
+        for i in range(len(self._hidden)):
+            x = self.streamed.head_input(self._hidden[i], target)
+            gram.add(x[:, self.settings.skip_tokens :].reshape(-1, x.shape[-1]))
+        stats = gram.stats()
+        if self._stored:
+            self._stored.write_head(target.name, stats)
+        return stats
+
+
+def _pool_starved(stats: dict[str, LayerStats], kinds: Mapping[str, Target]) -> dict[str, LayerStats]:
+    """Experts that saw fewer tokens than they have columns get the sums over all experts of the layer.
+
+    Their own Hessian would be singular; that of the layer has the same inputs, weighted by how the router spreads them.
+    The lint has named them by then.
+    """
+    out = dict(stats)
+    layers: dict[str, list[str]] = {}
+    for name in stats:
+        if kinds[name].kind == "expert":
+            layers.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in layers.values():
+        starved = [n for n in names if stats[n].n_tokens < kinds[n].shape[1]]
+        if starved:
+            pooled = LayerStats(torch.zeros_like(stats[names[0]].xtx), 0)
+            for n in names:
+                pooled = pooled + stats[n]
+            out.update(dict.fromkeys(starved, pooled))
+    return out
+
+

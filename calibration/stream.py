@@ -1,0 +1,416 @@
+"""A model run block by block: one decoder block in memory at a time.
+
+The model is built without weights; what lies outside the decoder blocks (embeddings, final norm) is loaded once, each
+block when its turn comes. Checkpoint names are mapped to module names by transformers itself, so a model that
+transformers can load needs nothing here.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration.stats import Gram, InputTap
+from fewbits.quant.errors import ModelError
+from fewbits.quant.source import Source
+from fewbits.quant.targets import Target, find_targets, read_weight
+
+BATCH_TOKENS = 4096
+"""Tokens per forward pass; changes results by float rounding only."""
+
+
+class HiddenStates:
+    """The hidden states of every batch between two blocks, in memory up to a limit and on disk beyond it."""
+
+    def __init__(self, batches: list[Tensor], limit_bytes: int, folder: Path | None) -> None:
+        self.shapes = [tuple(b.shape) for b in batches]
+        self.dtype = batches[0].dtype
+        self.device = batches[0].device
+        sizes = [b.numel() * b.element_size() for b in batches]
+        self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._file = None
+        if sum(sizes) > limit_bytes:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
+        self._memory: list[Tensor] = [] if self._file else list(batches)
+        if self._file:
+            for i, batch in enumerate(batches):
+                self[i] = batch
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def spilled(self) -> bool:
+        return self._file is not None
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self._file is None:
+            return self._memory[i]
+        self._file.seek(self._offsets[i])
+        size = torch.Size(self.shapes[i]).numel() * self.dtype.itemsize
+        raw = torch.from_numpy(np.frombuffer(bytearray(self._file.read(size)), dtype=np.uint8))
+        return raw.view(self.dtype).view(self.shapes[i]).to(self.device)
+
+    def __setitem__(self, i: int, value: Tensor) -> None:
+        if self._file is None:
+            self._memory[i] = value
+            return
+        self._file.seek(self._offsets[i])
+        self._file.write(value.detach().to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def copy(self, limit_bytes: int, folder: Path | None) -> HiddenStates:
+        return HiddenStates([self[i] for i in range(len(self))], limit_bytes, folder)
+
+
+@dataclass
+class Call:
+    """What a block is called with beside the hidden states: recorded once, replayed for every pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class StreamedModel:
+    """A causal language model whose decoder blocks are loaded one at a time.
+
+    Attributes:
+        model: the transformers model; parameters of blocks that are not loaded are on the meta device.
+        blocks_path: module path of the list of decoder blocks, e.g. ``model.layers``.
+        targets: everything that can be quantized, by name, in module order.
+
+    Raises:
+        ModelError: transformers does not know the architecture, or it has no list of decoder blocks.
+    """
+
+    def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.source, self.dtype, self.device = source, dtype, device
+        try:
+            config = AutoConfig.from_pretrained(source.path)
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=_stored_dtype(source))
+        except (ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"{source.name}: transformers cannot build this model: {error}") from error
+        model.eval()
+        model.config.use_cache = False
+        if hasattr(model, "set_experts_implementation"):
+            with suppress(ValueError, AttributeError):
+                model.set_experts_implementation("eager")  # the one whose linears can be seen one expert at a time
+        self.model = model
+        self.blocks_path = find_blocks(model)
+        self.targets = {t.name: t for t in find_targets(model)}
+        self._keys = self._map_keys()
+        self._load([k for name, keys in self._keys.items() if self.block_index(name) is None for k in keys])
+        model.tie_weights()
+        self._require_loaded(model, skip=self.blocks_path)
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    @property
+    def block_modules(self) -> nn.ModuleList:
+        modules = self.model.get_submodule(self.blocks_path)
+        assert isinstance(modules, nn.ModuleList)
+        return modules
+
+    def block_index(self, name: str) -> int | None:
+        """The decoder block that a tensor of this (module tree) name belongs to, or None."""
+        if not name.startswith(self.blocks_path + "."):
+            return None
+        return int(name[len(self.blocks_path) + 1 :].partition(".")[0])
+
+    def source_keys(self, index: int | None) -> dict[str, list[str]]:
+        """Module tree name -> names in the source checkpoint, of block ``index`` (None: outside the blocks)."""
+        return {name: keys for name, keys in self._keys.items() if self.block_index(name) == index}
+
+    def _map_keys(self) -> dict[str, list[str]]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self._conversion = get_model_conversion_mapping(self.model)
+        renamings = [c for c in self._conversion if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversion if isinstance(c, WeightConverter)]
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        self._converted: set[str] = set()
+        mapped: dict[str, list[str]] = {}
+        for key in self.source.keys():  # noqa: SIM118 - a method, not a dict
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=state)
+            mapped.setdefault(name, []).append(key)
+            if pattern is not None:
+                self._converted.add(name)
+        return mapped
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _load(self, keys: Sequence[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging as tf_logging
+
+        tensors = {k: self.source.get(k) for k in keys}
+        config = LoadStateDictConfig(
+            device_map={"": str(self.device)}, dtype=self.model.dtype, weight_mapping=self._conversion
+        )
+        bars = tf_logging.is_progress_bar_enabled()
+        tf_logging.disable_progress_bar()  # one bar per block would bury ours
+        try:
+            convert_and_load_state_dict_in_model(self.model, tensors, config)
+        finally:
+            if bars:
+                tf_logging.enable_progress_bar()
+
+    def weight(self, target: Target) -> Tensor:
+        """The weight ``(N, K)`` of a loaded target."""
+        return read_weight(self.model, target)
+
+    def dense_tensors(self, block: Block | None, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of a block (None: outside the blocks) but ``skip``, as the source stores it.
+
+        Names are those of the module tree. What transformers merges or splits when it loads (fused experts) comes
+        merged or split.
+        """
+        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        state = self.model.state_dict()
+        untied = bool(skip & (tied.keys() | set(tied.values())))
+        for name, keys in self.source_keys(None if block is None else block.index).items():
+            if name in skip or name not in state or (name in tied and not untied):
+                continue
+            if name in self._converted:
+                yield name, (state[name] if block is None else block.converted[name])
+            else:
+                yield name, self.source.get(keys[0])
+        if block is None and untied:
+            for name, twin in tied.items():  # the source holds one tensor for both, the result two
+                if name not in skip and name not in self._keys:
+                    yield name, self.source.get(self._keys[twin][0])
+
+    def head_input(self, hidden: Tensor, head: Target) -> Tensor:
+        """What the output head multiplies, ``(B, L, K)``, given the hidden states that leave the last block."""
+        seen: list[Tensor] = []
+
+        def see(name: str, x: Tensor, tokens: Tensor) -> None:
+            seen.append(x)
+            raise _Seen
+
+        for module in self.block_modules:
+            module.forward = lambda states, *args, **kwargs: hidden.to(self.model.dtype)  # type: ignore[method-assign]
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        watched = {self.weight(head).data_ptr(): head.name}
+        try:
+            with torch.no_grad(), suppress(_Seen), InputTap(watched, see, ids.numel()):
+                self.model(ids, use_cache=False)
+        finally:
+            for module in self.block_modules:
+                del module.forward
+        return seen[0]
+
+    def _require_loaded(self, module: nn.Module, *, prefix: str = "", skip: str | None = None) -> None:
+        for name, param in module.named_parameters():
+            if param.is_meta and not (skip and name.startswith(skip + ".")):
+                full = f"{prefix}.{name}" if prefix else name
+                raise ModelError(f"{full}: not in the checkpoint {self.source.name}; download it again")
+
+    def blocks(self) -> Iterator[Block]:
+        """Each decoder block in turn, with its weights; they leave memory when the next one is asked for."""
+        for index, module in enumerate(self.block_modules):
+            name = f"{self.blocks_path}.{index}"
+            keys = self.source_keys(index)
+            self._load([k for ks in keys.values() for k in ks])
+            self._require_loaded(module, prefix=name)
+            targets = [t for t in self.targets.values() if t.name.startswith(name + ".") and t.kind != "embedding"]
+            weights = {t.name: read_weight(self.model, t) for t in targets}
+            tree = {f"{name}.{n}": p.detach() for n, p in module.named_parameters()}
+            converted = {n: p for n, p in tree.items() if n in self._converted}
+            for param in module.parameters():
+                param.requires_grad_(False)
+                param.data = param.data.to(self.dtype)
+            yield Block(name, index, module, targets, weights, converted, self.model)
+            module.to("meta")
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def first_inputs(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
+        """Hidden states entering the first block for each batch of token ids ``(B, L)``, and the calls of each block.
+
+        The model's own forward runs with every block replaced by one that records what it is called with, so masks,
+        rotary embeddings and whatever else a model hands to its blocks come from the model itself.
+        """
+        hidden: list[Tensor] = []
+        calls: list[list[Call]] = []
+        base = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
+        outer_dtypes = {n: p.dtype for n, p in base.named_parameters() if not p.is_meta}
+        for batch in rows:
+            seen: list[Call] = []
+
+            def record(states: Tensor, *args: Any, seen: list[Call] = seen, **kwargs: Any) -> Tensor:
+                if not seen:
+                    hidden.append(states.to(self.dtype))
+                seen.append(Call(_cast(args, self.dtype), _cast(kwargs, self.dtype)))
+                return states
+
+            for module in self.block_modules:
+                module.forward = record  # type: ignore[method-assign]
+            try:
+                with torch.no_grad():
+                    base(batch.to(self.device), use_cache=False)
+            finally:
+                for module in self.block_modules:
+                    del module.forward
+            calls.append(seen)
+        assert {n: p.dtype for n, p in base.named_parameters() if not p.is_meta} == outer_dtypes
+        return hidden, calls
+
+
+def find_blocks(model: nn.Module) -> str:
+    """Path of the list of decoder blocks: the ModuleList, not inside another one, with the most parameters.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    best, best_size = "", 0
+    for path, module in model.named_modules():
+        inside = any(isinstance(model.get_submodule(path[:i]), nn.ModuleList) for i, c in enumerate(path) if c == ".")
+        if isinstance(module, nn.ModuleList) and not inside:
+            size = sum(p.numel() for p in module.parameters())
+            if size > best_size:
+                best, best_size = path, size
+    if not best:
+        raise ModelError(f"{type(model).__name__}: found no list of decoder blocks; this architecture is not supported")
+    return best
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """The one float dtype of the source's matrices, or float32 where they differ."""
+    dtypes = {dtype for shape, dtype in map(source.info, source.keys()) if len(shape) >= 2 and dtype.is_floating_point}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors inside call arguments to the compute dtype (rotary cos and sin, additive masks)."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value
+
+
+class _Seen(Exception):
+    """Everything that was wanted of this forward pass has been seen."""
+
+
+@dataclass
+class Block:
+    """A decoder block in memory.
+
+    Attributes:
+        targets: what can be quantized in it, in module order.
+        weights: the original weights ``(N, K)`` of the targets, in the dtype of the source.
+        converted: tensors that transformers merged or split on loading, by module tree name.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    targets: list[Target]
+    weights: dict[str, Tensor]
+    converted: dict[str, Tensor]
+    model: nn.Module
+    _groups: list[list[str]] | None = field(default=None, repr=False)
+
+    def run(self, hidden: Tensor, call: Call, module: nn.Module | None = None) -> Tensor:
+        """The block's output for hidden states ``(B, L, d)``."""
+        with torch.no_grad():
+            out = (module or self.module)(hidden, *call.args, **call.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def install(self, name: str, dense: Tensor) -> None:
+        """Put a weight ``(N, K)`` in place of a target's, in the compute dtype."""
+        target = next(t for t in self.targets if t.name == name)
+        read_weight(self.model, target).copy_(dense)
+
+    def original(self) -> nn.Module:
+        """A copy of the module as it is now (before anything is installed)."""
+        return copy.deepcopy(self.module)
+
+    def _watch(self, module: nn.Module) -> dict[int, str]:
+        out = {}
+        for t in self.targets:
+            owner = module.get_submodule(t.module_path[len(self.name) + 1 :]) if t.module_path != self.name else module
+            param = getattr(owner, t.param_name)
+            weight = param if t.expert_index is None else param[t.expert_index]
+            out[weight.data_ptr()] = t.name
+        return out
+
+    def shared_inputs(self, hidden: Tensor, call: Call) -> list[list[str]]:
+        """Targets grouped by the tensor that they read, in the order in which they are called.
+
+        Experts that see no token of this batch come last, each by itself.
+        """
+        if self._groups is None:
+            groups: dict[int, list[str]] = {}
+            keep: list[Tensor] = []  # ids are unique only among tensors that are alive
+
+            def see(name: str, x: Tensor, tokens: Tensor) -> None:
+                keep.append(x)
+                group = groups.setdefault(id(x), [])
+                if name not in group:
+                    group.append(name)
+
+            with InputTap(self._watch(self.module), see, hidden.shape[0] * hidden.shape[1]):
+                self.run(hidden, call)
+            seen = {n for g in groups.values() for n in g}
+            unseen = [t.name for t in self.targets if t.name not in seen]
+            for t in self.targets:
+                if t.name in unseen and t.kind != "expert":
+                    raise ModelError(f"{t.name}: the block never multiplies by it in a way that can be seen; keep it")
+            self._groups = [*groups.values(), *([n] for n in unseen)]
+        return self._groups
+
+    def observe(
+        self, hidden: Tensor, call: Call, want: dict[str, Gram], *, skip: int = 0,
+        module: nn.Module | None = None, into: dict[str, Tensor] | None = None,
+        reference: dict[str, Tensor] | None = None, stop_early: bool = False,
+    ) -> Tensor | None:
+        """Run once and add each wanted target's input to its sum; returns the output, or None when stopped early.
+
+        Args:
+            want: target name -> sum.
+            skip: leading positions of each row to leave out of the sums (attention sinks).
+            into: if given, inputs are stored there instead of summed.
+            reference: inputs of the same targets in the original model, for the cross sums.
+        """
+        batch, length = hidden.shape[:2]
+        left = set(want)
+
+        def see(name: str, x: Tensor, tokens: Tensor) -> None:
+            if name not in want:
+                return
+            x = x.reshape(-1, x.shape[-1])
+            if skip:
+                x = x[(tokens % length) >= skip]
+            if into is not None:
+                into[name] = x
+            else:
+                want[name].add(x, None if reference is None else reference.get(name))
+            left.discard(name)
+            if stop_early and not left:
+                raise _Seen
+
+        with InputTap(self._watch(module or self.module), see, batch * length), suppress(_Seen):
+            return self.run(hidden, call, module)
+        return None

@@ -1,0 +1,251 @@
+"""Zero-shot tasks by lm-evaluation-harness, from its own catalogue or from local files.
+
+Local tasks come from one folder: the user's own task YAMLs, or plain data files (``piqa.jsonl``, ``blimp/*.jsonl``)
+for which ``configs/tasks`` has a template. Nothing local needs a network.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fewbits.quant.errors import FewbitsError
+
+TaskScores = dict[str, dict[str, float | int | None]]
+"""task -> metric -> value, ``metric_stderr`` -> its standard error, and ``documents``."""
+
+BATCH_SIZE = 8
+_BOOTSTRAP = 200  # draws for the metrics that have no closed-form error; others ignore it
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks to run, every name known to exist.
+
+    Attributes:
+        names: tasks, groups and tags as the user gave them.
+        configs: local tasks and groups by name, as lm-eval YAML, with absolute paths to their data.
+        origins: where each name comes from, in words.
+    """
+
+    names: tuple[str, ...]
+    configs: Mapping[str, dict[str, Any]] = field(repr=False)
+    origins: Mapping[str, str]
+
+    @property
+    def only_local(self) -> bool:
+        return all(origin != _CATALOGUE for origin in self.origins.values())
+
+
+_CATALOGUE = "lm-eval's catalogue"
+
+
+def find_tasks(tasks: Sequence[str], task_dir: str | Path | None = None) -> TaskSet:
+    """Look the names up: first the YAMLs in ``task_dir``, then templates whose data lie there, then lm-eval's own.
+
+    Raises FewbitsError when lm-eval is not installed, the folder is missing, or a name is unknown.
+    """
+    _lm_eval()
+    if task_dir is not None and not Path(task_dir).expanduser().is_dir():
+        raise FewbitsError(f"--task-dir {task_dir}: no such directory; pass the folder that holds the tasks or their data")
+    configs: dict[str, dict[str, Any]] = {}
+    origins: dict[str, str] = {}
+    if task_dir is not None:
+        folder = Path(task_dir).expanduser().resolve()
+        _add_templates(folder, configs, origins)
+        _add_yamls(folder, configs, origins)
+    if unknown := [name for name in tasks if name not in origins]:
+        catalogue = _catalogue()
+        for name in unknown:
+            if name not in catalogue:
+                raise FewbitsError(f"--tasks {name}: no such task; {_suggest(name, sorted(origins), catalogue)}")
+            origins[name] = _CATALOGUE
+    return TaskSet(tuple(tasks), configs, {name: origins[name] for name in tasks})
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, tasks: TaskSet | Sequence[str], *, task_dir: str | Path | None = None,
+    limit: int | None = None, batch_size: int = BATCH_SIZE,
+) -> TaskScores:
+    """Score a loaded transformers ``model`` on tasks; ``limit``: at most so many documents of each.
+
+    Errors are lm-eval's: closed forms for means, 200 bootstrap draws (seeded) elsewhere. A group gives its members
+    too. Raises FewbitsError for a task that is unknown or whose data cannot be read.
+    """
+    lm_eval = _lm_eval()
+    from datasets.exceptions import DatasetsError
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    found = tasks if isinstance(tasks, TaskSet) else find_tasks(tasks, task_dir)
+    with tempfile.TemporaryDirectory(prefix="fewbits-tasks-") as folder, _quiet():
+        _write(found.configs, Path(folder))
+        manager = TaskManager(include_path=folder, include_defaults=not found.only_local)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(found.names),
+                task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False,
+            )
+        except (OSError, DatasetsError) as e:  # files and networks, as `datasets` reports them
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise FewbitsError(f"--tasks {','.join(found.names)}: the data cannot be read ({reason}); without a "
+                               "network pass a folder that holds them as --task-dir") from e
+    return _scores(results)
+
+
+def _scores(results: Mapping[str, Any]) -> TaskScores:
+    """lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by plain names; a filter that is not "none" is kept."""
+    out: TaskScores = {}
+    for task, metrics in results["results"].items():
+        scores = out.setdefault(task, {})
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or isinstance(value, str) and value != "N/A":
+                continue
+            is_error = metric.endswith("_stderr")
+            name = metric.removesuffix("_stderr") + ("" if kind == "none" else f"_{kind}")
+            scores[f"{name}_stderr" if is_error else name] = None if value == "N/A" else float(value)
+        counts = results.get("n-samples", {})
+        members = [t for t in results.get("group_subtasks", {}).get(task, []) if t in counts] or [task]
+        if all(m in counts for m in members):
+            scores["documents"] = sum(counts[m]["effective"] for m in members)
+    return out
+
+
+def _add_templates(folder: Path, configs: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
+    """Tasks for the data files in ``folder`` that a template of ours describes."""
+    for template in sorted(p.name for p in files("fewbits.configs").joinpath("tasks").iterdir()):
+        if not template.endswith(".yaml"):
+            continue
+        config = _parse(files("fewbits.configs").joinpath("tasks", template).read_text(encoding="utf-8"), template)
+        name, pattern = config["task"], config["dataset_kwargs"]["data_files"]["test"]
+        paths = _find_data(folder, pattern)
+        members = [name] if "*" not in pattern else [f"{name}_{p.stem}" for p in paths]
+        for member, path in zip(members, paths):
+            configs[member] = {**config, "task": member, "dataset_kwargs": {"data_files": {"test": str(path)}}}
+            origins[member] = f"template {template} on {path.relative_to(folder.parent)}"
+        if paths and "*" in pattern:
+            configs[name] = {"group": name, "task": members,
+                             "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+            origins[name] = f"template {template} on {len(paths)} files"
+
+
+def _find_data(folder: Path, pattern: str) -> list[Path]:
+    """Files of ``pattern`` in the folder or one level below, or in it by its own name (``blimp`` for blimp/*)."""
+    roots = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    if Path(pattern).parent.name == folder.name:
+        roots.append(folder.parent)
+    for root in roots:
+        if found := sorted(root.glob(pattern)):
+            return found
+    return []
+
+
+def _add_yamls(folder: Path, configs: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
+    """The user's own task files: included as they are, but with data files made absolute."""
+    for path in sorted(folder.rglob("*.yaml")):
+        config = _read_yaml(path)
+        kind = "group" if "group" in config else "task"
+        name = config.get(kind)
+        if not isinstance(name, str):
+            continue  # a part that others include
+        configs[name] = {"include": str(path), kind: name}
+        kwargs = config.get("dataset_kwargs")
+        if isinstance(kwargs, dict):
+            configs[name]["dataset_kwargs"] = {
+                k: _absolute(v, path.parent) if k in ("data_files", "data_dir") else v for k, v in kwargs.items()}
+        tags = config.get("tag") or []
+        for known in (name, *([tags] if isinstance(tags, str) else tags)):
+            origins[known] = str(path.relative_to(folder.parent))
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    """``value`` with each path that exists beside the YAML made absolute; others are left to lm-eval."""
+    if isinstance(value, dict):
+        return {k: _absolute(v, folder) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_absolute(v, folder) for v in value]
+    if isinstance(value, str) and "://" not in value and not Path(value).is_absolute() and any(folder.glob(value)):
+        return str(folder / value)
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A task file with its includes merged, as lm-eval does it, functions left out."""
+    config = _parse(path.read_text(encoding="utf-8"), str(path))
+    includes = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else includes:
+        if (path.parent / include).is_file():
+            merged |= _read_yaml(path.parent / include)
+    return merged | config
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    """Raises FewbitsError when it is not YAML; anything but a mapping gives an empty one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Knows no objects: ``!function x.y`` reads as None."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    try:
+        config = yaml.load(text, Loader)
+    except yaml.YAMLError as e:
+        raise FewbitsError(f"{name}: is not YAML ({' '.join(str(e).split())}); correct it or move it away") from e
+    return config if isinstance(config, dict) else {}
+
+
+def _write(configs: Mapping[str, dict[str, Any]], folder: Path) -> None:
+    import yaml
+
+    for i, config in enumerate(configs.values()):
+        (folder / f"{i}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def _suggest(name: str, local: list[str], catalogue: list[str]) -> str:
+    if close := get_close_matches(name, [*local, *catalogue], n=1, cutoff=0.6):
+        return f"did you mean {close[0]!r}?"
+    return (f"known from --task-dir: {', '.join(local) or 'none'}; {len(catalogue)} others are in lm-eval's catalogue "
+            "(lm-eval ls tasks)")
+
+
+def _catalogue() -> list[str]:
+    """Names of lm-eval's own tasks; takes seconds, for it parses thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        return TaskManager().all_tasks
+
+
+def _lm_eval() -> Any:
+    try:
+        import lm_eval
+    except ImportError as e:
+        raise FewbitsError(f"--tasks: needs lm-eval ({e}); pip install 'fewbits[tasks]'") from e
+    return lm_eval
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval without its chatter, and without the worker processes that it would fork for bootstraps."""
+    logger = logging.getLogger("lm_eval")
+    level, multiproc = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if multiproc is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = multiproc

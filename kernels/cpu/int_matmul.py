@@ -1,0 +1,61 @@
+"""The compiled CPU kernel behind torch tensors; operands as in ``kernels/reference.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels.cpu.build import load
+from fewbits.kernels.reference import row_chunks
+
+GEMV_TOKENS = 8
+"""Up to here decoding a row again for every 4 tokens beats a dense copy of it (see benchmarks/kernel_cpu.py)."""
+
+DENSE_CODES = 1 << 22
+"""Weights made dense at a time for many tokens: 16 MB of float32."""
+
+_SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+def available() -> bool:
+    """Whether the library is there; compiles it the first time."""
+    return load() is not None
+
+
+def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``x (M, K) -> (M, N)`` straight from the packed codes; meant for small M."""
+    library = load()
+    assert library is not None, "ask available() first"
+    tokens, columns = x.shape
+    wide = x if x.dtype == torch.float32 else x.float()
+    y = torch.empty(tokens, packed.shape[0], dtype=torch.float32)
+    status = library.fewbits_gemv(
+        wide.data_ptr(), packed.data_ptr(), scale.data_ptr(), _SCALE_KINDS[scale.dtype],
+        None if zero is None else zero.data_ptr(), y.data_ptr(),
+        tokens, packed.shape[0], columns, scale.shape[1], bits, torch.get_num_threads())
+    if status:
+        raise MemoryError(f"no memory for the product of {tokens} tokens with a {packed.shape[0]} x {columns} weight")
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def dense(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``x (M, K) -> (M, N)`` through dense float32 blocks of rows, never the whole weight; meant for large M."""
+    wide = x.float()
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32)
+    for rows in row_chunks(packed.shape[0], x.shape[1], DENSE_CODES):
+        weight = dequantize(packed[rows], scale[rows], None if zero is None else zero[rows], bits, x.shape[1])
+        torch.mm(wide, weight.T, out=y[:, rows])
+    return y.to(x.dtype)
+
+
+def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: int) -> Tensor:
+    """float32 ``(N, columns)``, equal to the reference bit for bit."""
+    library = load()
+    assert library is not None, "ask available() first"
+    out = torch.empty(packed.shape[0], columns, dtype=torch.float32)
+    status = library.fewbits_dequantize(
+        packed.data_ptr(), scale.data_ptr(), _SCALE_KINDS[scale.dtype], None if zero is None else zero.data_ptr(),
+        out.data_ptr(), packed.shape[0], columns, scale.shape[1], bits, torch.get_num_threads())
+    if status:
+        raise MemoryError(f"no memory to decode a {packed.shape[0]} x {columns} weight")
+    return out

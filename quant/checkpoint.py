@@ -1,0 +1,218 @@
+"""Writing a quantized checkpoint: one shard per finished block, renamed into place, the index last.
+
+While a run is under way its directory has a ``.fewbits`` folder: ``run.json`` says what the run is (so that only the
+same run may resume), and one file per finished shard keeps the facts about its tensors. A directory without the index
+is not a checkpoint, and no reader takes it for one. Weight files are called ``fewbits-*.safetensors``, not
+``model-*``: transformers without fewbits then finds no weights and stops, where it would otherwise warn about an
+unknown method and load random ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbits.quant.errors import CheckpointError
+from fewbits.quant.shards import read_header, read_tensor, sha256_file
+
+INDEX = "fewbits.safetensors.index.json"
+_WORK = ".fewbits"
+_SPARE_BYTES = 64 << 20
+
+
+def shard_name(index: int, total: int) -> str:
+    """File name of shard ``index`` (from 0) of ``total``."""
+    return f"fewbits-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+class CheckpointWriter:
+    """Writes shards of one run into a directory, atomically, and knows which are there already.
+
+    Args:
+        out: the directory.
+        total: number of shards.
+        run: everything that decides the bytes; only a run that agrees in all of it can be resumed.
+
+    Raises:
+        CheckpointError: the directory holds something else, or another run, or is in use, or the disk is too small.
+    """
+
+    def __init__(
+        self, out: Path, total: int, run: Mapping[str, Any], *, resume: bool, force: bool, need_bytes: int = 0
+    ) -> None:
+        self.out, self.total = out, total
+        self._work = out / _WORK
+        if out.exists() and not out.is_dir():
+            raise CheckpointError(f"{out}: is a file, needed a directory to write to; choose another output")
+        with disk_errors(out):
+            self._claim(dict(run), resume, force)
+            free = shutil.disk_usage(out).free
+        if need_bytes + _SPARE_BYTES > free:
+            self.close()
+            raise CheckpointError(
+                f"{out}: got {free / 1e6:.0f} MB free, needed about {(need_bytes + _SPARE_BYTES) / 1e6:.0f} MB; "
+                "free some space or choose another output"
+            )
+
+    def _claim(self, run: dict[str, Any], resume: bool, force: bool) -> None:
+        run = json.loads(json.dumps(run))
+        existing = [p for p in self.out.iterdir()] if self.out.is_dir() else []
+        marker = self._work / "run.json"
+        if existing and not marker.exists() and not force:
+            what = "a finished checkpoint" if (self.out / INDEX).exists() else f"{len(existing)} other files"
+            raise CheckpointError(f"{self.out}: holds {what}; choose an empty directory, or --force to overwrite")
+        if marker.exists() and not (resume or force):
+            raise CheckpointError(f"{self.out}: holds an unfinished run; --resume continues it, --force starts afresh")
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if marker.exists() and not force:
+            _require_same(json.loads(marker.read_text()), run, self.out)
+        else:
+            self._clear()
+            write_atomically(marker, json.dumps(run, indent=1, sort_keys=True) + "\n")
+        for leftover in self.out.glob("*.tmp"):
+            leftover.unlink()
+
+    def _lock(self) -> None:
+        self._lock_file = open(self._work / "lock", "w")  # noqa: SIM115 - held until close()
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock_file.close()
+            raise CheckpointError(f"{self.out}: another process is writing to it; wait, or choose another") from error
+
+    def _clear(self) -> None:
+        """Remove what an earlier run of ours wrote, and nothing else."""
+        for path in [*self.out.glob("fewbits-*.safetensors"), self.out / INDEX, *self._work.glob("*.json")]:
+            path.unlink(missing_ok=True)
+
+    def path(self, index: int) -> Path:
+        return self.out / shard_name(index, self.total)
+
+    def has(self, index: int) -> bool:
+        """Whether this shard is finished."""
+        return self.path(index).exists()
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Tensors of a finished shard. Raises CheckpointError when the file is damaged."""
+        return read_shard(self.path(index))
+
+    def facts(self, index: int) -> list[dict[str, Any]]:
+        """What :meth:`write` was told about the tensors of a finished shard."""
+        return json.loads((self._work / f"{index:05d}.json").read_text())
+
+    def write(self, index: int, tensors: dict[str, Tensor], facts: list[dict[str, Any]]) -> None:
+        """Write a shard; it appears under its name only when it is whole and on disk.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written; finished shards stay and the run can resume.
+        """
+        temp = self.path(index).with_suffix(".tmp")
+        with disk_errors(self.out):
+            try:
+                write_atomically(self._work / f"{index:05d}.json", json.dumps(facts))
+                save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, temp, metadata={"format": "pt"})
+                _sync_and_rename(temp, self.path(index))
+            except BaseException:
+                temp.unlink(missing_ok=True)
+                raise
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every shard."""
+        return {p.name: sha256_file(p) for p in map(self.path, range(self.total))}
+
+    def finish(self, files: Mapping[str, str], carry: list[Path], root: Path) -> int:
+        """Write the other files, then the index; returns the bytes of all shards.
+
+        ``files``: name -> text. ``carry``: files of the source (below ``root``) to copy unchanged.
+        """
+        with disk_errors(self.out):
+            for path in carry:
+                target = self.out / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+            for name, text in files.items():
+                write_atomically(self.out / name, text)
+            weight_map, size = {}, 0
+            for i in range(self.total):
+                for name, entry in read_header(self.path(i)).items():
+                    weight_map[name] = self.path(i).name
+                    size += entry.nbytes
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_atomically(self.out / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        self.close()
+        shutil.rmtree(self._work)
+        return sum(self.path(i).stat().st_size for i in range(self.total))
+
+    def close(self) -> None:
+        """Release the directory; an unfinished run stays resumable."""
+        self._lock_file.close()
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, by plain reads. Raises CheckpointError when it is damaged."""
+    return {name: read_tensor(path.parent, name, entry) for name, entry in read_header(path).items()}
+
+
+def _require_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"{out}: the unfinished run there differs in {', '.join(different)} ({key}: it has {_short(old.get(key))}, "
+            f"got {_short(new.get(key))}); repeat the same command to resume, or --force to start afresh"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is either absent (or as before) or whole."""
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(text)
+    _sync_and_rename(temp, path)
+
+
+def _sync_and_rename(temp: Path, path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temp, 0o666 & ~umask)  # safetensors makes files only their owner can read; a server may be another user
+    with open(temp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temp, path)
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error).lower():
+            raise CheckpointError(f"{out}: the disk is full; free some space and run again with --resume") from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise CheckpointError(f"{out}: cannot be written ({error.strerror}); choose another output") from error
+        raise
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors as stored."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+__all__ = ["INDEX", "CheckpointWriter", "disk_errors", "read_shard", "shard_name", "tensor_bytes"]

@@ -1,0 +1,309 @@
+"""The main job: a checkpoint goes in, a packed low-bit checkpoint comes out.
+
+``quantize`` is the whole of it; ``_quantize_blocks`` is the loop, on one screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.calibration.collect import Collector
+from fewbits.calibration.data import CalibrationSet, load_calibration
+from fewbits.calibration.stored import StoredStats
+from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.quant.checkpoint import CheckpointWriter
+from fewbits.quant.errors import CalibrationError, QualityGateError
+from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
+from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
+from fewbits.quant.quantizers.rtn import RTN
+from fewbits.quant.recipe import Recipe, load_recipe
+from fewbits.quant.source import Source, check_finite, open_source, require_dense
+from fewbits.quant.types import LayerStats, QuantizedTensor, Quantizer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``: called when a unit of work is finished."""
+
+_HELD_OUT_ROWS = 8
+
+
+@dataclass
+class QuantizeReport:
+    """What a run made and what it cost. ``to_json`` has the keys of ``fewbits quantize --json``.
+
+    Attributes:
+        bits_per_weight: over all linears of the decoder blocks, from stored bytes (a dense one counts its own).
+        bits_per_weight_total: over everything stored, embeddings and head included.
+        bytes: size of the weight files.
+        measured: KL to the original on held-out text (``kl_mean``, ``kl_stderr``, nats per token), where asked for.
+        worst: the five tensors with the largest relative proxy loss.
+        warnings: what the calibration lint found.
+    """
+
+    output: str
+    seconds: float = 0.0
+    seconds_calibration: float = 0.0
+    seconds_quantization: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    bits_per_weight: float = 0.0
+    bits_per_weight_total: float = 0.0
+    bytes: int = 0
+    predicted: dict[str, float] | None = None
+    measured: dict[str, Any] | None = None
+    worst: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass
+class _Clock:
+    calibration: float = 0.0
+    quantization: float = 0.0
+
+    @contextlib.contextmanager
+    def calibrating(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.calibration += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def quantizing(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.quantization += time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of a run needs."""
+
+    streamed: StreamedModel
+    assignment: Assignment
+    quantizer: Quantizer
+    writer: CheckpointWriter
+    seed: int
+    clock: _Clock
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Recipe = "gptq",
+    overrides: Mapping[str, Any] | None = None,
+    stats: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    max_kl: float | None = None,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a model and write a fewbits checkpoint.
+
+    Args:
+        model: a Hugging Face id, a directory of safetensors, or a GGUF file.
+        out: directory to write; must be empty unless ``resume`` or ``force``.
+        recipe: a shipped recipe's name, a TOML file, or a Recipe.
+        overrides: dotted recipe keys to change, e.g. ``{"format.bits": 3, "calibration.samples": 64}``.
+        stats: directory of calibration statistics: reused if it holds those of this model and text, else written.
+            Statistics are then those of the original model (``calibration.inputs = "original"``).
+        device: where to compute, e.g. ``cpu`` or ``cuda:0``.
+        threads: CPU threads (default: torch's own choice).
+        seed: of everything that draws.
+        resume: continue the interrupted run in ``out``; gives the bytes that an uninterrupted run gives.
+        force: overwrite what an earlier run left in ``out``.
+        max_kl: quality gate: nats per token to the original on held-out calibration text.
+        progress: called as work is done.
+
+    Raises:
+        FewbitsError: anything that is wrong with the input (see ``fewbits.quant.errors``).
+        QualityGateError: the gate was missed; the checkpoint is written nevertheless.
+    """
+    started, cpu_started = time.monotonic(), time.process_time()
+    if threads:
+        torch.set_num_threads(threads)
+    progress = progress or (lambda what, done, total: None)
+    if not isinstance(recipe, Recipe):
+        forced = {"calibration.inputs": "original"} if stats else {}
+        recipe = load_recipe(recipe, {**(overrides or {}), **forced})
+    source = open_source(model)
+    require_dense(source)
+    quantizer = recipe.make_quantizer()
+    streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=torch.device(device))
+    assignment = assign(recipe, streamed)
+
+    text, held_out = _calibration(recipe, quantizer, streamed, seed, gate=max_kl is not None)
+    run = run_identity(source, recipe, text, seed=seed, device=device)
+    stored = StoredStats(Path(stats), stats_identity(run, recipe)) if stats and quantizer.needs_stats else None
+    writer = CheckpointWriter(
+        Path(out), len(streamed.block_modules) + 1, run, resume=resume, force=force,
+        need_bytes=assignment.expected_bytes(streamed),
+    )
+    clock = _Clock()
+    report = QuantizeReport(output=str(out), warnings=[] if text is None else list(text.warnings))
+    try:
+        job = _Job(streamed, assignment, quantizer, writer, seed, clock)
+        with clock.calibrating():
+            collector = Collector(
+                streamed, recipe, assignment.formats, text if quantizer.needs_stats else None, stored
+            )
+        _quantize_blocks(job, collector, progress)
+        _write_rest(job, collector)
+        if stored:
+            stored.finish()
+        facts = [f for i in range(writer.total) for f in writer.facts(i)]
+        files = checkpoint_files(source, recipe, assignment, facts, run, writer.hashes())
+        report.bytes = writer.finish(files, source.extra_files(), source.path)
+    finally:
+        writer.close()
+    report.warnings += collector.warnings
+    report.bits_per_weight, report.bits_per_weight_total = totals(facts)
+    report.worst = [f["name"] for f in sorted(facts, key=lambda f: -f.get("relative_loss", 0))[:5]]
+    report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
+    if max_kl is not None:
+        _gate(report, source, held_out, max_kl)
+    report.seconds = time.monotonic() - started
+    report.cpu_seconds = time.process_time() - cpu_started
+    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
+    """For each decoder block: statistics of its inputs, codes, a shard; then its outputs feed the next block."""
+    for block in job.streamed.blocks():
+        shard = block.index + 1
+        if job.writer.has(shard):  # made by the interrupted run that this one resumes
+            collector.install(block, job.assignment.unpack(block, job.writer.read(shard)))
+        else:
+            tensors: dict[str, QuantizedTensor] = {}
+            facts: list[dict[str, Any]] = []
+            for step in collector.steps(block):
+                with job.clock.calibrating():
+                    stats = collector.observe(block, step)
+                with job.clock.quantizing():
+                    made, made_facts = _quantize_step(job, block, step, stats)
+                collector.install(block, made)
+                tensors |= made
+                facts += made_facts
+            dense, dense_facts = job.assignment.dense(job.streamed, block)
+            job.writer.write(shard, job.assignment.pack(tensors) | dense, facts + dense_facts)
+        with job.clock.calibrating():
+            collector.advance(block)
+        progress("Quantizing", shard, job.writer.total)
+
+
+def _quantize_step(
+    job: _Job, block: Block, step: list[list[str]], stats: dict[str, LayerStats]
+) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
+    """Quantize the targets of each group that shares an input; those of one format are stacked and swept as one."""
+    made: dict[str, QuantizedTensor] = {}
+    facts = []
+    for group in step:
+        own = stats.pop(group[0], None)
+        for fmt, names in job.assignment.by_format(group).items():
+            for name in names:
+                check_finite(name, block.weights[name])
+            weights = [block.weights[n].float() for n in names]
+            stacked = torch.cat(weights)
+            whole, extra = job.quantizer.quantize(stacked, own, [(fmt, stacked.shape[1])], seed=job.seed)
+            for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
+                made[name] = tensor
+                facts.append(tensor_fact(name, weight, tensor, own, extra))
+    return made, facts
+
+
+def _write_rest(job: _Job, collector: Collector) -> None:
+    """What lies outside the decoder blocks: embeddings, final norm, head, quantized only where the recipe says so."""
+    if job.writer.has(0):
+        return
+    tensors: dict[str, QuantizedTensor] = {}
+    facts = []
+    for target, fmt in job.assignment.outside():
+        weight = job.streamed.weight(target).float()
+        check_finite(target.name, weight)
+        # an embedding is looked up, not multiplied: it has no input statistics
+        how: Quantizer = RTN("search") if target.kind == "embedding" else job.quantizer
+        with job.clock.calibrating():
+            own = collector.observe_head(target) if how.needs_stats else None
+        with job.clock.quantizing():
+            tensors[target.name], extra = how.quantize(weight, own, [(fmt, weight.shape[1])], seed=job.seed)
+        facts.append(tensor_fact(target.name, weight, tensors[target.name], own, extra, linear=False))
+    dense, dense_facts = job.assignment.dense(job.streamed, None)
+    job.writer.write(0, job.assignment.pack(tensors) | dense, facts + dense_facts)
+
+
+def _calibration(
+    recipe: Recipe, quantizer: Quantizer, streamed: StreamedModel, seed: int, *, gate: bool
+) -> tuple[CalibrationSet | None, list[Tensor] | None]:
+    """Calibration rows, and rows held out for the gate: drawn by the same rule, none of them in both."""
+    if not (quantizer.needs_stats or gate):
+        return None, None
+    from fewbits.calibration.data import self_generate
+    from fewbits.serving.transformers import load, load_tokenizer
+
+    source = streamed.source
+    tokenizer = load_tokenizer(source.path)
+    want = recipe.calibration
+
+    def generate(rows: int, length: int, seed: int) -> Tensor:
+        model = load(source.path)
+        return self_generate(model, tokenizer, rows, length, seed)
+
+    def rows(samples: int) -> CalibrationSet:
+        return load_calibration(
+            want.sources, tokenizer, samples=samples, seqlen=want.seqlen, seed=seed, order=want.order,
+            generate=generate,
+        )
+
+    text = rows(want.samples)
+    vocabulary = streamed.model.get_input_embeddings().weight.shape[0]
+    if int(text.tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"tokenizer: makes token {int(text.tokens.max())}, the model has {vocabulary}; they do not belong together"
+        )
+    return text, _held_out(text, rows(want.samples + 4 * _HELD_OUT_ROWS)) if gate else None
+
+
+def _held_out(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:
+    """Rows of ``more`` that are not in ``text``. Raises CalibrationError when there are too few to judge by."""
+    used = {tuple(row.tolist()) for row in text.tokens}
+    held = [row[mask] for row, mask in zip(more.tokens, more.mask) if tuple(row.tolist()) not in used]
+    if len(held) < 2:
+        raise CalibrationError(
+            f"--max-kl: got {len(held)} rows of text beyond those calibrated on, needed at least 2 to judge by; "
+            "give more text, or lower --samples"
+        )
+    return held[:_HELD_OUT_ROWS]
+
+
+def _gate(report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float) -> None:
+    """Measure KL to the original on held-out rows. Raises QualityGateError when it exceeds ``max_kl``."""
+    from fewbits.eval.divergence import divergence
+    from fewbits.serving.transformers import load
+
+    assert held_out is not None
+    result = divergence(load(report.output), load(source.path), held_out)
+    report.measured = {"kl_mean": result.kl_mean, "kl_stderr": result.kl_stderr}
+    if result.kl_mean > max_kl:
+        error = QualityGateError(
+            f"--max-kl: got {result.kl_mean:.4f} nats per token (+- {result.kl_stderr:.4f}), needed at most {max_kl}; "
+            f"worst tensors: {', '.join(report.worst)}; give more bits, or keep these"
+        )
+        error.report = report  # type: ignore[attr-defined]
+        raise error

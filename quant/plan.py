@@ -1,0 +1,178 @@
+"""Which format each tensor gets, and what is stored for the tensors that get none."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fewbits.quant.errors import RecipeError
+from fewbits.quant.formats import layout_name
+from fewbits.quant.recipe import Recipe
+from fewbits.quant.targets import Target
+from fewbits.quant.types import Format, LayerStats, QuantizedTensor, proxy_loss
+
+if TYPE_CHECKING:
+    from fewbits.calibration.stream import Block, StreamedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Formats by target name; a target that is not in ``formats`` stays dense."""
+
+    formats: dict[str, Format]
+    targets: dict[str, Target]
+    outside_names: tuple[str, ...]
+
+    def by_format(self, group: Iterable[str]) -> dict[Format, list[str]]:
+        """Those of a group that are quantized, by format: rows of one format and one input can be swept as one."""
+        out: dict[Format, list[str]] = {}
+        for name in group:
+            if name in self.formats:
+                out.setdefault(self.formats[name], []).append(name)
+        return out
+
+    def outside(self) -> list[tuple[Target, Format]]:
+        """Quantized targets outside the decoder blocks: head and embeddings, where the recipe says so."""
+        return [(self.targets[n], self.formats[n]) for n in self.outside_names if n in self.formats]
+
+    def expected_bytes(self, streamed: StreamedModel) -> int:
+        """Bytes that the weights will take on disk, for the check that they fit."""
+        source = streamed.source
+        total = sum(e.nbytes for e in source.entries.values())
+        for name, fmt in self.formats.items():
+            rows, columns = self.targets[name].shape
+            stored = fmt.storage(rows, columns).values()
+            packed = sum(_numel(shape) * dtype.itemsize for shape, dtype in stored)
+            total += packed - rows * columns * streamed.model.dtype.itemsize
+        return max(total, 0)
+
+    def pack(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+        """Tensors to store, under their full names."""
+        return {f"{name}.{local}": t for name, tensor in tensors.items() for local, t in tensor.pack().items()}
+
+    def unpack(self, block: Block, stored: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
+        """The quantized tensors of a block from its shard."""
+        out = {}
+        for target in block.targets:
+            if (fmt := self.formats.get(target.name)) is not None:
+                prefix = target.name + "."
+                local = {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}
+                out[target.name] = QuantizedTensor.unpack(local, [(fmt, target.shape[1])])
+        return out
+
+    def dense(self, streamed: StreamedModel, block: Block | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What is stored as it is: every tensor of a block (None: outside the blocks) that is not quantized."""
+        index = None if block is None else block.index
+        replaced = {
+            f"{t.module_path}.{t.param_name}" for n, t in self.targets.items()
+            if n in self.formats and streamed.block_index(n) == index
+        }
+        matrices = {f"{t.module_path}.{t.param_name}": t for t in self.targets.values()}
+        tensors, facts = {}, []
+        for name, tensor in streamed.dense_tensors(block, replaced):
+            tensors[name] = tensor
+            target = matrices.get(name)
+            facts.append({
+                "name": target.name if target and target.expert_index is None else name,
+                "shape": list(tensor.shape), "format": str(tensor.dtype).removeprefix("torch."),
+                "bits_per_weight": float(8 * tensor.element_size()), "bytes": tensor.numel() * tensor.element_size(),
+                "linear": target is not None and target.kind != "embedding" and index is not None,
+            })
+        return tensors, facts
+
+
+def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
+    """The recipe's format for every target of a model.
+
+    Raises:
+        FormatError: a format does not fit a tensor.
+        RecipeError: nothing is left to quantize, or experts of one layer are partly kept.
+    """
+    targets, formats = streamed.targets, {}
+    head = streamed.model.get_output_embeddings()
+    inputs = streamed.model.get_input_embeddings()
+    for name, target in targets.items():
+        inside = streamed.block_index(name) is not None
+        module = streamed.model.get_submodule(target.module_path)
+        if not inside and module is not head and module is not inputs:
+            continue  # projections around the blocks (e.g. OPT-350m's) are small and stay as they are
+        if inside and target.kind == "embedding":
+            continue
+        fmt = recipe.format_for(name, target.shape[1], kind=target.kind, is_head=module is head)
+        if fmt is not None:
+            formats[name] = fmt
+    if not formats:
+        raise RecipeError(f"keep: leaves nothing to quantize of {len(targets)} tensors; keep fewer")
+    _require_whole_experts(formats, targets)
+    outside = tuple(n for n in targets if streamed.block_index(n) is None)
+    return Assignment(formats, targets, outside)
+
+
+def _require_whole_experts(formats: Mapping[str, Format], targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        if target.kind == "expert" and (name in formats) != (f"{name.rpartition('.')[0]}.0" in formats):
+            raise RecipeError(f"keep: {name}: the experts of a layer are stored as one; keep all of them or none")
+
+
+def tensor_fact(
+    name: str, weight: Tensor, tensor: QuantizedTensor, stats: LayerStats | None, extra: Mapping[str, float],
+    *, linear: bool = True,
+) -> dict[str, Any]:
+    """What the plan records of a quantized tensor."""
+    fact: dict[str, Any] = {
+        "name": name, "shape": list(tensor.shape), "format": layout_name(tensor.layout),
+        "bits_per_weight": tensor.bits_per_weight, "bytes": tensor.stored_bytes, "linear": linear,
+    }
+    if stats is not None:
+        fact["proxy_loss"], fact["relative_loss"] = proxy_loss(weight, tensor.dequantize(), stats)
+        fact["n_tokens"] = stats.n_tokens
+    else:
+        error = weight - tensor.dequantize()
+        fact["relative_loss"] = float(error.square().sum() / weight.square().sum().clamp(min=1e-30))
+    return fact | dict(extra)
+
+
+def quantization_config(facts: Iterable[Mapping[str, Any]], assignment: Assignment) -> dict[str, Any]:
+    """``quantization_config`` of config.json: a default format, exceptions by exact name, and what is kept."""
+    formats = {f["name"]: f["format"] for f in facts if f["name"] in assignment.formats}
+    linears = {n: f for n, f in formats.items() if assignment.targets[n].kind != "embedding"}
+    default = Counter(linears.values()).most_common(1)[0][0] if linears else next(iter(formats.values()))
+    keep = [n for n, t in assignment.targets.items() if n not in assignment.formats and t.kind != "embedding"]
+    exceptions = {
+        n: f for n, f in formats.items() if f != default or assignment.targets[n].kind == "embedding"
+    }
+    return {
+        "quant_method": "fewbits", "format_version": 1, "default": default,
+        "exceptions": dict(sorted(exceptions.items())), "keep": sorted(keep),
+    }
+
+
+def plan_json(recipe: Recipe, facts: list[dict[str, Any]]) -> str:
+    """plan.json: every tensor, its format and what it cost; made to be read, diffed and edited."""
+    return json.dumps({"version": 1, "recipe": recipe.name, "tensors": facts}, indent=1) + "\n"
+
+
+def totals(facts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """``(bits per weight over the linears of the decoder blocks, over everything)``, from stored bytes."""
+    facts = list(facts)
+    linears = [f for f in facts if f["linear"]]
+
+    def bits(rows: list[Mapping[str, Any]]) -> float:
+        return 8 * sum(f["bytes"] for f in rows) / max(sum(_numel(f["shape"]) for f in rows), 1)
+
+    return bits(linears), bits(facts)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    n = 1
+    for s in shape:
+        n *= s
+    return n

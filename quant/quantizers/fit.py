@@ -1,0 +1,31 @@
+"""Static group parameters: fitted once on the original weights, for every group of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.types import Format, Layout
+
+# The clip search touches its data a few hundred times; a chunk of this many weights stays in a core's L2 cache.
+_CHUNK_WEIGHTS = 1 << 16
+
+
+def fit_layout(
+    weight: Tensor, importance: Tensor | None, layout: Layout
+) -> Iterator[tuple[tuple[Format, int], dict[str, Tensor], int]]:
+    """For each run of columns of ``weight (N, K)``: ``((format, columns), params (N, G), first column)``.
+
+    ``importance (K,)`` weighs the squared error of each column in the clip search; None covers the full range.
+    """
+    rows, start = weight.shape[0], 0
+    for fmt, columns in layout:
+        groups = fmt.groups(columns)
+        run = weight[:, start : start + columns].reshape(rows, groups, -1)
+        run_importance = None if importance is None else importance[start : start + columns].reshape(groups, -1)
+        step = max(1, _CHUNK_WEIGHTS // columns)
+        parts = [fmt.fit(run[i : i + step], run_importance) for i in range(0, rows, step)]
+        yield (fmt, columns), {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, start
+        start += columns

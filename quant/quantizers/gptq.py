@@ -1,0 +1,148 @@
+"""GPTQ (arXiv 2210.17323) in its feedback form, with act-order over static groups and QEP (arXiv 2504.09629).
+
+Column by column, in order of importance, each weight is rounded after adding what the errors of the columns before it
+imply through the Hessian. With ``H = R R^T`` (R upper triangular: a Cholesky factor read backwards) and
+``A = R / diag(R)``, the value rounded at column k is
+
+    v_k = w_k + sum_{j<k} (w_j - q_j) A_jk
+
+so the weights themselves never change and no inverse is needed. It gives the same integers as the error-push form of
+the paper. Groups are fitted beforehand on the original weights (static), so the order of columns costs nothing at run
+time: no permutation and no group index is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.errors import FewbitsError
+from fewbits.quant.quantizers.fit import fit_layout
+from fewbits.quant.quantizers.rtn import Clip
+from fewbits.quant.types import LayerStats, Layout, Params, QuantizedTensor, Segment
+
+log = logging.getLogger(__name__)
+
+_DAMP_STEP = 10**0.5
+_MAX_DAMP = 10.0
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """GPTQ.
+
+    Attributes:
+        damp: added to the diagonal of the Hessian, as a fraction of its mean. Escalates by sqrt(10) if the
+            factorization breaks down; the value it ended with is reported as ``damp``.
+        act_order: sweep columns by falling ``diag(H)``.
+        clip: ``search`` shrinks group ranges to minimize the error weighted by ``diag(H)``.
+        qep: strength in [0, 1] of the correction towards the outputs of the original model; 0 is off.
+        qep_damp: damping of the correction's own solve.
+        block_size: columns per lazy update. Speed only.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    clip: Clip = "search"
+    qep: float = 0.0
+    qep_damp: float = 1.0
+    block_size: int = 128
+
+    needs_stats = True
+
+    def quantize(
+        self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
+        """Quantize ``weight (N, K)`` float32 with the statistics of its input.
+
+        Raises:
+            FewbitsError: no statistics, or a Hessian that no damping can factor.
+        """
+        if stats is None or stats.n_tokens == 0:
+            raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
+        hessian = stats.hessian
+        dead = hessian.diagonal() <= 0
+        weight = weight.masked_fill(dead, 0)
+        hessian.diagonal()[dead] = 1
+        importance = hessian.diagonal().clone()
+        facts: dict[str, float] = {}
+
+        target = weight
+        if self.qep > 0 and stats.cross is not None:
+            target, facts["qep_shift"] = self._match_original_outputs(weight, stats, dead)
+        fits = list(fit_layout(weight, importance if self.clip == "search" else None, layout))
+        columns = [
+            (fmt, {k: v.T[g].float().contiguous() for k, v in params.items()})
+            for (fmt, n), params, _ in fits
+            for g in range(fmt.groups(n))
+            for _ in range(n // fmt.groups(n))
+        ]
+        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
+        factor, facts["damp"] = reverse_cholesky(hessian[order][:, order], self.damp)
+        codes = self._sweep(target.T[order].contiguous(), factor, [columns[i] for i in order.tolist()])
+        codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
+        segments = tuple(
+            Segment(fmt, codes[:, start : start + n].contiguous(), params) for (fmt, n), params, start in fits
+        )
+        return QuantizedTensor((weight.shape[0], weight.shape[1]), segments), facts
+
+    def _sweep(self, target: Tensor, factor: Tensor, columns: list[tuple]) -> Tensor:
+        """Codes ``(K, N)`` of ``target (K, N)`` (transposed, so that a column of W is contiguous)."""
+        feedback = factor / factor.diagonal()  # A: unit upper triangular
+        error = torch.zeros_like(target)
+        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+        for a in range(0, target.shape[0], self.block_size):
+            b = min(a + self.block_size, target.shape[0])
+            value = torch.addmm(target[a:b], feedback[:a, a:b].T, error[:a])  # what earlier blocks imply
+            inner = feedback[a:b, a:b].T.contiguous()
+            for k in range(a, b):
+                i = k - a
+                v = torch.addmv(value[i], error[a:k].T, inner[i, :i]) if i else value[i]
+                fmt, params = columns[k]
+                codes[k] = code = fmt.encode(v, params)
+                torch.sub(target[k], fmt.decode(code, params), out=error[k])
+        return codes
+
+    def _match_original_outputs(self, weight: Tensor, stats: LayerStats, dead: Tensor) -> tuple[Tensor, float]:
+        """``W + qep W C H^-1`` with ``C = E[(x~ - x) x^T]``: the least-squares weights for the original outputs."""
+        assert stats.cross is not None
+        cross = stats.cross / stats.n_tokens
+        hessian = stats.hessian
+        hessian.diagonal()[dead] = 1
+        hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
+        shift = torch.linalg.solve(hessian, weight @ cross, left=False)
+        target = (weight + self.qep * shift).masked_fill(dead, 0)
+        return target, float((target - weight).norm() / weight.norm().clamp(min=1e-30))
+
+
+def reverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper triangular R with ``R R^T = H + damp mean(diag H) I``, and the damping that it took.
+
+    In exact arithmetic no ``R_jj^2`` can fall below the damping; when one does (or is not finite) the factor is
+    redone in float64, and then with sqrt(10) times the damping, logged each time.
+
+    Raises:
+        FewbitsError: the Hessian is not finite, or no damping up to 10 makes it positive definite.
+    """
+    mean = float(hessian.diagonal().mean())
+    if not torch.isfinite(hessian).all():
+        raise FewbitsError("hessian: got NaN or Inf in the calibration statistics; check the model and the text")
+    first = damp
+    while damp <= _MAX_DAMP:
+        for dtype in (torch.float32, torch.float64):
+            flipped = hessian.flip(0, 1).to(dtype)
+            flipped.diagonal().add_(damp * mean)
+            lower, info = torch.linalg.cholesky_ex(flipped)
+            floor = 0.5 * damp * mean
+            if not info and bool((lower.diagonal().square() >= floor).all()) and bool(torch.isfinite(lower).all()):
+                if damp > first:
+                    log.warning("damping raised from %g to %g: the Hessian is nearly singular", first, damp)
+                return lower.flip(0, 1).float(), damp
+        damp = max(damp, 1e-6) * _DAMP_STEP
+    raise FewbitsError(f"hessian: not positive definite even with damping {_MAX_DAMP}; check the calibration text")
+
+
+__all__ = ["GPTQ", "Params", "reverse_cholesky"]

@@ -1,0 +1,243 @@
+"""Recipes: strict TOML, one choice on each axis. Everything that can change a number stands here.
+
+An unknown key is an error that suggests the nearest known one. Every key has a default, so a recipe says only what it
+changes; ``Recipe.to_toml`` writes all of them, and that file is what a checkpoint carries.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tomli_w
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from fewbits.quant.errors import FormatError, RecipeError, nearest
+from fewbits.quant.formats import parse_format
+from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.quantizers import QUANTIZERS
+from fewbits.quant.types import Format, Quantizer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_AUTO_GROUP = 128
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Integers(_Table):
+    """Which integer format weights get."""
+
+    bits: int = Field(4, ge=1, le=8)
+    group_size: int | Literal["auto", "row"] = Field("auto", description="auto: largest power of two dividing K <= 128")
+    symmetric: bool = False
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def for_columns(self, columns: int) -> IntFormat:
+        """The format for a tensor of K = ``columns``; raises FormatError when the group size does not divide K."""
+        if self.group_size == "auto":
+            group: int | None = min(columns & -columns, MAX_AUTO_GROUP)
+        else:
+            group = None if self.group_size == "row" else self.group_size
+        fmt = IntFormat(self.bits, group, self.symmetric, getattr(torch, self.scale_dtype))
+        fmt.groups(columns)
+        return fmt
+
+
+class Calibration(_Table):
+    """Which text the statistics come from, and how they are taken."""
+
+    sources: list[str] = ["default"]
+    samples: int = Field(128, ge=1)
+    seqlen: int = Field(512, ge=2)
+    order: Literal["random", "first"] = "random"
+    inputs: Literal["quantized", "original"] = Field(
+        "quantized", description="statistics of the inputs that the quantized blocks before this one produce, or not"
+    )
+    true_sequential: bool = Field(False, description="quantize q/k/v, then o, then gate/up, then down, one after another")
+    skip_tokens: int = Field(0, ge=0, description="leading tokens of each row left out of statistics (attention sinks)")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the calibration forward pass")
+
+
+class Rule(_Table):
+    """A format for the tensors whose names match."""
+
+    match: str
+    format: str
+
+
+class Recipe(_Table):
+    """A recipe: quantizer, format, calibration, and which tensors are left alone.
+
+    Attributes:
+        keep: glob patterns of linears that stay dense, e.g. ``*.down_proj``.
+        rules: formats for tensors by name, first match wins; may also name ``lm_head`` or an embedding.
+        lm_head, embeddings: quantize them too, with the recipe's format (off by default).
+    """
+
+    name: str = "custom"
+    description: str = ""
+    quantizer: dict[str, Any] = {"name": "gptq"}
+    format: Integers = Integers()
+    calibration: Calibration = Calibration()
+    keep: list[str] = ["*.gate", "*.router", "*.shared_expert_gate"]
+    rules: list[Rule] = []
+    lm_head: bool = False
+    embeddings: bool = False
+
+    def make_quantizer(self) -> Quantizer:
+        """The quantizer with the options of this recipe; raises RecipeError for an unknown one or a bad value."""
+        options = dict(self.quantizer)
+        name = options.pop("name", None)
+        if name not in QUANTIZERS:
+            raise RecipeError(f"quantizer.name: got {name!r}, {nearest(str(name), list(QUANTIZERS))}")
+        cls = QUANTIZERS[name]
+        known = [f.name for f in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise RecipeError(f"quantizer.{key}: {name} has no such option; {nearest(key, known)}")
+        try:
+            adapter: pydantic.TypeAdapter[Quantizer] = pydantic.TypeAdapter(cls)
+            made = adapter.validate_python(options)
+        except pydantic.ValidationError as error:
+            raise _readable(error, "quantizer.") from error
+        return made
+
+    def format_for(self, name: str, columns: int, *, kind: str, is_head: bool) -> Format | None:
+        """The format of a tensor, or None where it stays dense.
+
+        Raises:
+            FormatError: the format does not fit K = ``columns``.
+        """
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(name, rule.match):
+                if rule.format == "keep":
+                    return None
+                fmt = parse_format(rule.format)
+                break
+        else:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep):
+                return None
+            if (is_head and not self.lm_head) or (kind == "embedding" and not self.embeddings):
+                return None
+            fmt = None
+        try:
+            if fmt is None:
+                return self.format.for_columns(columns)
+            fmt.groups(columns)
+            return fmt
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}, or add it to keep") from error
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything in the recipe that can change a number."""
+        data = self.model_dump(exclude={"name", "description"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with fewbits."""
+    folder = resources.files("fewbits.configs") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML of a shipped recipe, or of a file.
+
+    Raises:
+        RecipeError: no such recipe and no such file.
+    """
+    if name in recipe_names():
+        return (resources.files("fewbits.configs") / "recipes" / f"{name}.toml").read_text()
+    if Path(name).suffix == ".toml":
+        if not Path(name).is_file():
+            raise RecipeError(f"recipe: no file {name}")
+        return Path(name).read_text()
+    raise RecipeError(f"recipe: got {name!r}, {nearest(name, recipe_names())} (or give a .toml file)")
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A shipped recipe by name, or one from a TOML file, with dotted keys overridden (``calibration.samples``).
+
+    Raises:
+        RecipeError: unknown recipe, bad TOML, an unknown key (the nearest one is suggested), a bad value.
+    """
+    try:
+        data = tomllib.loads(recipe_text(name))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {name}: not TOML: {error}") from error
+    data.setdefault("name", Path(name).stem)
+    for key, value in (overrides or {}).items():
+        table = data
+        *path, leaf = key.split(".")
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise RecipeError(f"{key}: {part} is a value, not a table")
+        table[leaf] = value
+    return parse_recipe(data)
+
+
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Validate recipe data. Raises RecipeError."""
+    _reject_unknown(data, Recipe, "")
+    try:
+        recipe = Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _readable(error, "") from error
+    recipe.make_quantizer()
+    for rule in recipe.rules:
+        if rule.format != "keep":
+            parse_format(rule.format)
+    return recipe
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``["quantizer.damp=0.05", ...]`` to a dictionary; values are TOML, and bare words are strings.
+
+    Raises:
+        RecipeError: an item without ``=``.
+    """
+    out: dict[str, Any] = {}
+    for item in settings:
+        key, eq, value = item.partition("=")
+        if not eq or not key.strip():
+            raise RecipeError(f"--set: got {item!r}, needed key=value, e.g. calibration.samples=256")
+        try:
+            out[key.strip()] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = value.strip()
+    return out
+
+
+def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
+    tables = {"format": Integers, "calibration": Calibration}
+    for key, value in data.items():
+        if key not in model.model_fields:
+            raise RecipeError(f"{prefix}{key}: unknown recipe key; {nearest(key, list(model.model_fields))}")
+        if model is Recipe and key in tables and isinstance(value, Mapping):
+            _reject_unknown(value, tables[key], f"{key}.")
+
+
+def _readable(error: pydantic.ValidationError, prefix: str) -> RecipeError:
+    first = error.errors()[0]
+    where = prefix + ".".join(str(p) for p in first["loc"])
+    return RecipeError(f"{where}: got {first['input']!r}, {first['msg'][0].lower()}{first['msg'][1:]}")
