@@ -64,8 +64,8 @@ def token_kl(baseline: Tensor, other: Tensor) -> Tensor:
     """KL(baseline || other) in nats, float64 ``(R,)``, of log-probabilities ``(R, V)``.
 
     Summed as ``p log(p / q) - p + q``. The extra terms add up to zero, but with them no term is negative, and a
-    rounding error of a row's normaliser cancels to second order instead of adding to the result: equal models give
-    exactly 0, near ones no negative value.
+    rounding error of a row's normaliser cancels to second order instead of adding to the result. Equal models give
+    exactly 0; what float32 leaves is below 1e-7 nats a row.
     """
     p = baseline.exp()
     terms = torch.where(p > 0, p * (baseline - other), 0.0)  # 0 * (-inf + inf) is 0 here, where a vocabulary is masked

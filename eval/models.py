@@ -13,7 +13,7 @@ import torch
 from fewbits.quant.errors import FewbitsError, ModelError, nearest
 from fewbits.quant.source import open_source
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,14 @@ class Loaded:
 
     @property
     def dtype(self) -> str:
-        """The dtype it computes in, as its embeddings have it, such as ``float32``."""
-        return str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        """The dtype it computes in, such as ``float32``: that of its norms, as scales of packed weights may differ."""
+        norms = (p.dtype for p in self.model.parameters() if p.ndim == 1 and p.is_floating_point())
+        return str(next(norms, self.model.dtype)).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding: token ids must lie below."""
+        return self.model.get_input_embeddings().num_embeddings
 
     @property
     def device(self) -> str:
@@ -51,7 +57,7 @@ class Loaded:
 def open_model(
     model: str | Path | Any, *, tokenizer: Any = None, device: str | None = None, dtype: str | None = None
 ) -> Loaded:
-    """Load ``model`` for evaluation. One that is already loaded is taken as it is: ``device`` and ``dtype`` must be None.
+    """Load ``model`` for evaluation; one that is loaded already is taken as it is, without ``device`` or ``dtype``.
 
     ``device`` defaults to a GPU where there is one, ``dtype`` to float32 on CPU and to the checkpoint's own elsewhere.
     Raises ModelError or CheckpointError when it cannot be loaded, FewbitsError for an unknown device or dtype.
@@ -65,8 +71,14 @@ def open_model(
 
     where = choose_device(device)
     source = open_source(model)
-    loaded = load(source.path, device=str(where), dtype=choose_dtype(dtype, where))
-    loaded.eval()
+    compute = choose_dtype(dtype, where)
+    try:
+        loaded = load(source.path, device=where, dtype=compute)
+    except FewbitsError:
+        raise
+    except (OSError, ValueError, KeyError) as e:  # as transformers reports configs and files it cannot use
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"{source.name}: transformers cannot load it ({reason})") from e
     return Loaded(source.name, loaded, tokenizer or _load_tokenizer(source.path), source.weights_bytes)
 
 
@@ -81,15 +93,13 @@ def choose_device(device: str | None) -> torch.device:
         raise FewbitsError(f"--device {device}: {str(e).splitlines()[0]}; use cpu, or leave it out") from e
 
 
-def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | None:
-    """The compute dtype, None for the checkpoint's own. Raises FewbitsError for an unknown name."""
+def choose_dtype(dtype: str | None, device: torch.device) -> str:
+    """The compute dtype's name, ``auto`` for the checkpoint's own. Raises FewbitsError for an unknown one."""
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else None
-    if dtype == "auto":
-        return None
+        return "float32" if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
-        raise FewbitsError(f"--dtype {dtype}: {nearest(dtype, [*DTYPES, 'auto'])}")
-    return DTYPES[dtype]
+        raise FewbitsError(f"--dtype {dtype}: not a dtype to compute in; {nearest(dtype, list(DTYPES))}")
+    return dtype
 
 
 @contextmanager
@@ -118,9 +128,9 @@ def _tokenizer_of(model: Any) -> Any:
 
 
 def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+    from fewbits.serving.transformers import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return load_tokenizer(path)
     except (OSError, ValueError, KeyError):  # what transformers raises when the files are missing or of a kind unknown
         return None

@@ -133,7 +133,7 @@ class EvalReport:
         p = self.protocol
         parts = []
         if self.total:
-            parts.append(f"windows of {p['window']} tokens, stride {p['stride']}, BOS {'added' if p['bos'] else 'not added'}, "
+            parts.append(f"windows of {p['window']} tokens, stride {p['stride']}, {'with' if p['bos'] else 'no'} BOS, "
                          f"{self.total.model.tokens} tokens scored; +/- one standard error ({p['stderr']})")
         return "; ".join([*parts, f"{p['dtype']} on {p['device']}"])
 
@@ -155,7 +155,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     add_bos: bool = False,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     task_dir: str | Path | None = None,
     limit: int | None = None,
     kl_windows: int | None = None,
@@ -176,7 +176,8 @@ def evaluate(
         window: tokens per window; the smaller of 2048 and the model's context by default.
         stride: step between windows, the window itself by default.
         add_bos: put a BOS token before each window.
-        tasks: names of lm-eval tasks, or of the templates in ``configs/tasks`` whose data ``task_dir`` holds.
+        tasks: names (or one string, by commas) of lm-eval tasks, or of the templates in ``configs/tasks`` whose data
+            ``task_dir`` holds.
         limit: at most so many windows per text and documents per task.
         kl_windows: take the divergence on the first so many windows of each text only.
         speed: time decoding too.
@@ -186,39 +187,49 @@ def evaluate(
     Raises:
         FewbitsError: bad input (one of its subclasses says which part).
     """
+    names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     texts = _unique(_texts(text))
-    if not texts and (not tasks or baseline is not None):
+    if not texts and (not names or baseline is not None):
         texts = [default_text()]
     for name, value in (("limit", limit), ("kl_windows", kl_windows)):
         if value is not None and value < 1:
             raise FewbitsError(f"{name} = {value}: must be at least 1")
     with thread_count(threads):
-        local = find_tasks(tasks, task_dir) if tasks else None  # before the models: a typo should cost no time
-        models = [open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)]
-        if baseline is not None:
-            models.append(open_model(baseline, tokenizer=tokenizer, device=device, dtype=dtype))
-        subject, reference = models[0], models[1] if len(models) > 1 else None
-        cutting = _Cutting(window, stride, limit, add_bos).fit(subject)
-        scored = []
-        for item in texts:
-            windows = cut_windows(_tokens(item, subject), **cutting.arguments(subject))
-            scored.append(score_windows(subject.model, windows, baseline=reference and reference.model,
-                                        kl_windows=kl_windows, progress=progress))
-        task_scores = [run_tasks(m.model, m.need_tokenizer(), local, limit=limit) for m in models] if local else []
-        timing = decode_speed(subject.model) if speed else None
+        found = find_tasks(names, task_dir) if names else None  # before the models: a typo should cost no time
+        wanted = [model] if baseline is None else [model, baseline]
+        models = [open_model(m, tokenizer=tokenizer, device=device, dtype=dtype) for m in wanted]
+        cutting = _Cutting(window, stride, limit, add_bos).fit(models)
+        scored = [_score_text(item, models, cutting, kl_windows, progress) for item in texts]
+        task_scores = []
+        if found:
+            task_scores = [run_tasks(m.model, m.tokenizer or models[0].need_tokenizer(), found, limit=limit)
+                           for m in models]
+        timing = decode_speed(models[0].model) if speed else None
     total = _summarize("all texts", [s for one in scored for s in one]) if scored else None
     protocol = {
-        "dtype": subject.dtype, "device": subject.device, "limit": limit, "kl_windows": kl_windows,
+        "dtype": models[0].dtype, "device": models[0].device, "limit": limit, "kl_windows": kl_windows,
         **(cutting.protocol(texts, total) if total else {}),
-        **({"tasks": local.origins} if local else {}),
+        **({"tasks": found.origins} if found else {}),
         **({"speed": asdict(timing)} if timing else {}),
     }
     return EvalReport(
-        model=subject.name, baseline=reference.name if reference else None, total=total,
+        model=models[0].name, baseline=models[1].name if baseline is not None else None, total=total,
         texts=tuple(_summarize(t.name, s) for t, s in zip(texts, scored)),
         tasks=task_scores[0] if task_scores else {}, tasks_baseline=task_scores[1] if len(task_scores) > 1 else {},
-        speed=timing, nbytes=subject.nbytes, peak_rss_bytes=peak_rss_bytes(), protocol=protocol,
+        speed=timing, nbytes=models[0].nbytes, peak_rss_bytes=peak_rss_bytes(), protocol=protocol,
     )
+
+
+def _score_text(
+    text: Text, models: Sequence[Loaded], cutting: _Cutting, kl_windows: int | None, progress: Progress
+) -> list[WindowScores]:
+    """Scores of each window of a text; ``models`` is the model and, where there is one, its baseline."""
+    try:
+        windows = cut_windows(_tokens(text, models[0]), **cutting.arguments(models[0]))
+    except FewbitsError as e:
+        raise type(e)(f"{text.name}: {e}") from e
+    baseline = models[1].model if len(models) > 1 else None
+    return score_windows(models[0].model, windows, baseline=baseline, kl_windows=kl_windows, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -230,10 +241,10 @@ class _Cutting:
     limit: int | None
     add_bos: bool
 
-    def fit(self, subject: Loaded) -> _Cutting:
-        """With the window chosen for the model, and the stride for the window."""
-        window = choose_window(subject.model, self.window)
-        return replace(self, window=window, stride=self.stride or window - self.add_bos)
+    def fit(self, models: Sequence[Loaded]) -> _Cutting:
+        """With a window that fits all models, and the stride for the window."""
+        window = min(choose_window(m.model, self.window) for m in models)
+        return replace(self, window=window, stride=window - self.add_bos if self.stride is None else self.stride)
 
     def arguments(self, subject: Loaded) -> dict[str, Any]:
         return {"window": self.window, "stride": self.stride, "limit": self.limit,
@@ -271,10 +282,9 @@ def _bos(subject: Loaded) -> int:
 def _tokens(text: Text, subject: Loaded) -> Tensor:
     """Tokens ``(L,)`` of a text; raises ModelError when the model does not know one of them."""
     tokens = tokenize(text, subject.need_tokenizer())
-    vocabulary = subject.model.get_input_embeddings().weight.shape[0]
-    if len(tokens) and int(tokens.max()) >= vocabulary:
-        raise ModelError(f"{subject.name}: its tokenizer makes token {int(tokens.max())}, the model has {vocabulary}; "
-                         "they do not belong together")
+    if len(tokens) and int(tokens.max()) >= subject.vocabulary:
+        raise ModelError(f"{subject.name}: its tokenizer makes token {int(tokens.max())}, the model has "
+                         f"{subject.vocabulary}; they do not belong together")
     return tokens
 
 

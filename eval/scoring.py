@@ -14,7 +14,6 @@ from fewbits.eval.logits import Rows, chunk_rows, token_kl, token_nll, window_lo
 from fewbits.eval.text import Window
 from fewbits.quant.errors import ModelError
 
-
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: called when a unit of work is finished."""
 

@@ -41,7 +41,7 @@ def decode_speed(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 32, r
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
         if value < 1:
             raise FewbitsError(f"{name} = {value}: must be at least 1")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     prompt = (torch.arange(prompt_tokens, device=model.device) * 37 % vocabulary).unsqueeze(0)
     _decode(model, prompt, 2)
     runs = [_decode(model, prompt, new_tokens) for _ in range(repeats)]

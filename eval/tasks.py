@@ -7,15 +7,19 @@ for which ``configs/tasks`` has a template. Nothing local needs a network.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fewbits.quant.errors import FewbitsError
 
@@ -34,18 +38,13 @@ class TaskSet:
         names: tasks, groups and tags as the user gave them.
         configs: local tasks and groups by name, as lm-eval YAML, with absolute paths to their data.
         origins: where each name comes from, in words.
+        catalogue: whether lm-eval's own tasks are needed.
     """
 
     names: tuple[str, ...]
     configs: Mapping[str, dict[str, Any]] = field(repr=False)
     origins: Mapping[str, str]
-
-    @property
-    def only_local(self) -> bool:
-        return all(origin != _CATALOGUE for origin in self.origins.values())
-
-
-_CATALOGUE = "lm-eval's catalogue"
+    catalogue: bool
 
 
 def find_tasks(tasks: Sequence[str], task_dir: str | Path | None = None) -> TaskSet:
@@ -55,20 +54,25 @@ def find_tasks(tasks: Sequence[str], task_dir: str | Path | None = None) -> Task
     """
     _lm_eval()
     if task_dir is not None and not Path(task_dir).expanduser().is_dir():
-        raise FewbitsError(f"--task-dir {task_dir}: no such directory; pass the folder that holds the tasks or their data")
+        raise FewbitsError(f"--task-dir {task_dir}: no such directory; pass the one that holds the tasks or their data")
     configs: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
+    broken: list[str] = []
     if task_dir is not None:
         folder = Path(task_dir).expanduser().resolve()
         _add_templates(folder, configs, origins)
-        _add_yamls(folder, configs, origins)
-    if unknown := [name for name in tasks if name not in origins]:
-        catalogue = _catalogue()
-        for name in unknown:
-            if name not in catalogue:
-                raise FewbitsError(f"--tasks {name}: no such task; {_suggest(name, sorted(origins), catalogue)}")
-            origins[name] = _CATALOGUE
-    return TaskSet(tuple(tasks), configs, {name: origins[name] for name in tasks})
+        broken = _add_yamls(folder, configs, origins)
+    local = sorted(origins)
+    for name in tasks:
+        if name in origins:
+            continue
+        if name not in (names := _catalogue().all_tasks):
+            hint = f"; not readable as YAML: {', '.join(broken)}" if broken else ""
+            raise FewbitsError(f"--tasks {name}: no such task; {_suggest(name, local, names)}{hint}")
+        origins[name] = "lm-eval's catalogue"
+    used = {member for name in tasks for member in configs.get(name, {}).get("task", ()) if "group" in configs[name]}
+    return TaskSet(tuple(tasks), configs, {name: origins[name] for name in tasks},
+                   catalogue=not {*tasks, *used} <= set(local))
 
 
 def run_tasks(
@@ -88,7 +92,10 @@ def run_tasks(
     found = tasks if isinstance(tasks, TaskSet) else find_tasks(tasks, task_dir)
     with tempfile.TemporaryDirectory(prefix="fewbits-tasks-") as folder, _quiet():
         _write(found.configs, Path(folder))
-        manager = TaskManager(include_path=folder, include_defaults=not found.only_local)
+        if found.catalogue and not found.configs:
+            manager = _catalogue()
+        else:
+            manager = TaskManager(include_path=folder, include_defaults=found.catalogue)
         try:
             results = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(found.names),
@@ -108,11 +115,12 @@ def _scores(results: Mapping[str, Any]) -> TaskScores:
         scores = out.setdefault(task, {})
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
-            if not kind or isinstance(value, str) and value != "N/A":
+            if not kind or (isinstance(value, str) and value != "N/A"):
                 continue
             is_error = metric.endswith("_stderr")
             name = metric.removesuffix("_stderr") + ("" if kind == "none" else f"_{kind}")
-            scores[f"{name}_stderr" if is_error else name] = None if value == "N/A" else float(value)
+            known = value != "N/A" and math.isfinite(value)
+            scores[f"{name}_stderr" if is_error else name] = float(value) if known else None
         counts = results.get("n-samples", {})
         members = [t for t in results.get("group_subtasks", {}).get(task, []) if t in counts] or [task]
         if all(m in counts for m in members):
@@ -125,7 +133,7 @@ def _add_templates(folder: Path, configs: dict[str, dict[str, Any]], origins: di
     for template in sorted(p.name for p in files("fewbits.configs").joinpath("tasks").iterdir()):
         if not template.endswith(".yaml"):
             continue
-        config = _parse(files("fewbits.configs").joinpath("tasks", template).read_text(encoding="utf-8"), template)
+        config = _parse(files("fewbits.configs").joinpath("tasks", template).read_text(encoding="utf-8"))
         name, pattern = config["task"], config["dataset_kwargs"]["data_files"]["test"]
         paths = _find_data(folder, pattern)
         members = [name] if "*" not in pattern else [f"{name}_{p.stem}" for p in paths]
@@ -149,15 +157,25 @@ def _find_data(folder: Path, pattern: str) -> list[Path]:
     return []
 
 
-def _add_yamls(folder: Path, configs: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
-    """The user's own task files: included as they are, but with data files made absolute."""
+def _add_yamls(folder: Path, configs: dict[str, dict[str, Any]], origins: dict[str, str]) -> list[str]:
+    """The user's own task files, included as they are, but with data files made absolute.
+
+    Returns the files that are not YAML.
+    """
+    broken = []
     for path in sorted(folder.rglob("*.yaml")):
-        config = _read_yaml(path)
+        try:
+            config = _read_yaml(path)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            broken.append(path.name)
+            continue
         kind = "group" if "group" in config else "task"
         name = config.get(kind)
         if not isinstance(name, str):
             continue  # a part that others include
         configs[name] = {"include": str(path), kind: name}
+        if kind == "group" and all(isinstance(member, str) for member in config.get("task") or [None]):
+            configs[name]["task"] = config["task"]
         kwargs = config.get("dataset_kwargs")
         if isinstance(kwargs, dict):
             configs[name]["dataset_kwargs"] = {
@@ -165,6 +183,7 @@ def _add_yamls(folder: Path, configs: dict[str, dict[str, Any]], origins: dict[s
         tags = config.get("tag") or []
         for known in (name, *([tags] if isinstance(tags, str) else tags)):
             origins[known] = str(path.relative_to(folder.parent))
+    return broken
 
 
 def _absolute(value: Any, folder: Path) -> Any:
@@ -178,35 +197,31 @@ def _absolute(value: Any, folder: Path) -> Any:
     return value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A task file with its includes merged, as lm-eval does it, functions left out."""
-    config = _parse(path.read_text(encoding="utf-8"), str(path))
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A task file with its includes merged, as lm-eval does it, functions left out; {} when it is not a mapping."""
+    config = _parse(path.read_text(encoding="utf-8"))
     includes = config.pop("include", [])
     merged: dict[str, Any] = {}
     for include in [includes] if isinstance(includes, str) else includes:
-        if (path.parent / include).is_file():
-            merged |= _read_yaml(path.parent / include)
+        part = path.parent / include
+        if part.is_file() and part not in seen:
+            merged |= _read_yaml(part, (*seen, path))
     return merged | config
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
-    """Raises FewbitsError when it is not YAML; anything but a mapping gives an empty one."""
-    import yaml
+class _Loader(yaml.SafeLoader):
+    """Knows no objects: ``!function x.y`` reads as None."""
 
-    class Loader(yaml.SafeLoader):
-        """Knows no objects: ``!function x.y`` reads as None."""
 
-    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
-    try:
-        config = yaml.load(text, Loader)
-    except yaml.YAMLError as e:
-        raise FewbitsError(f"{name}: is not YAML ({' '.join(str(e).split())}); correct it or move it away") from e
+_Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    config = yaml.load(text, _Loader)
     return config if isinstance(config, dict) else {}
 
 
 def _write(configs: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    import yaml
-
     for i, config in enumerate(configs.values()):
         (folder / f"{i}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -218,12 +233,13 @@ def _suggest(name: str, local: list[str], catalogue: list[str]) -> str:
             "(lm-eval ls tasks)")
 
 
-def _catalogue() -> list[str]:
-    """Names of lm-eval's own tasks; takes seconds, for it parses thousands of files."""
+@lru_cache(maxsize=1)
+def _catalogue() -> Any:
+    """A task manager of lm-eval's own tasks; takes seconds to make, for it parses thousands of files."""
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        return TaskManager().all_tasks
+        return TaskManager()
 
 
 def _lm_eval() -> Any:

@@ -87,9 +87,11 @@ def _triton_gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
 
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 TRITON_BITS = (2, 3, 4, 8)
+TRITON_GEMV_TOKENS = 2
+"""Up to here: its work grows with every token (7 instructions a weight, 10 for 16 tokens in the gemm; benchmarks/aot.py)."""
 
 KERNELS: dict[str, Kernel] = {
-    "triton_gemv": Kernel(_triton_gemv, "cuda", TRITON_BITS, 16, _has_triton),
+    "triton_gemv": Kernel(_triton_gemv, "cuda", TRITON_BITS, TRITON_GEMV_TOKENS, _has_triton),
     "triton_gemm": Kernel(_triton_gemm, "cuda", TRITON_BITS, None, _has_triton),
     "cpu_gemv": Kernel(cpu.gemv, "cpu", ALL_BITS, cpu.GEMV_TOKENS, cpu.available),
     "cpu_dense": Kernel(cpu.dense, "cpu", ALL_BITS, None, cpu.available),

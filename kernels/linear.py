@@ -95,7 +95,6 @@ class PackedMatrix(nn.Module):
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self._is_hf_initialized = True  # nothing in here is ever drawn at random
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Names of the checkpoint (local) -> tensors, as stored."""
@@ -260,7 +259,6 @@ class TiedHead(nn.Linear):
         self.out_features, self.in_features = table.rows, table.columns
         self.__dict__["table"] = table  # not a submodule: its tensors are stored, moved and counted once
         self.register_parameter("bias", bias)
-        self._is_hf_initialized = True
 
     @property
     def weight(self) -> WeightView:  # type: ignore[override]
@@ -291,7 +289,7 @@ class QuantExperts(nn.Module):
         self.shape = torch.Size((len(layouts), *shape))
         for e, layout in enumerate(layouts):
             self.add_module(str(e), PackedMatrix(layout, shape, dtype=dtype))
-        self._is_hf_initialized = True
+        self._is_hf_initialized = True  # transformers takes it for a parameter of its owner
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FewbitsError(ValueError):
     """Base of every error that bad input can cause; the command line turns it into exit code 2."""
@@ -28,7 +30,15 @@ class CalibrationError(FewbitsError):
 
 
 class QualityGateError(FewbitsError):
-    """The result misses a quality gate that the user set (exit code 3)."""
+    """The result misses a quality gate that the user set (exit code 3).
+
+    Attributes:
+        report: the report of the run that missed it.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 def nearest(name: str, known: list[str]) -> str:

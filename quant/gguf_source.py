@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fewbits.quant.errors import ModelError
 from fewbits.quant.shards import sha256_file
@@ -34,6 +35,8 @@ def cache_root() -> Path:
 
 def dequantized(file: Path) -> Path:
     """The directory that holds ``file`` dequantized, made if need be; keyed by the file's sha256.
+
+    Making it holds the whole dense model in memory, because that is how transformers reads GGUF.
 
     Raises ModelError when the file is not a GGUF that transformers can read, or the cache cannot be written.
     """
@@ -54,7 +57,7 @@ def dequantized(file: Path) -> Path:
         except OSError:
             if not target.is_dir():  # else another process finished first, and its copy is as good
                 raise
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # a full disk is either, depending on which file meets it
         raise ModelError(f"{file.name}: cannot be converted into {target.parent} ({e}); "
                          "free some space, or set XDG_CACHE_HOME to another place") from e
     finally:
@@ -102,8 +105,9 @@ def _load(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     # The parser is not ours and does not validate: a broken file surfaces as any of these.
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, NotImplementedError,
             OverflowError, struct.error) as e:
-        raise ModelError(f"{name}: transformers cannot read it ({type(e).__name__}: {str(e)[:300]}); it is damaged, or "
-                         "its architecture or quantization type is unknown: use the original safetensors model") from e
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise ModelError(f"{name}: transformers cannot read it ({reason}); it is damaged, or its architecture or "
+                         "quantization type is unknown: use the original safetensors model") from e
     return model, tokenizer
 
 

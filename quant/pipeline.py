@@ -301,9 +301,7 @@ def _gate(report: QuantizeReport, source: Source, held_out: list[Tensor] | None,
     result = divergence(load(report.output), load(source.path), held_out)
     report.measured = {"kl_mean": result.kl_mean, "kl_stderr": result.kl_stderr}
     if result.kl_mean > max_kl:
-        error = QualityGateError(
+        raise QualityGateError(
             f"--max-kl: got {result.kl_mean:.4f} nats per token (+- {result.kl_stderr:.4f}), needed at most {max_kl}; "
-            f"worst tensors: {', '.join(report.worst)}; give more bits, or keep these"
+            f"worst tensors: {', '.join(report.worst)}; give more bits, or keep these", report
         )
-        error.report = report  # type: ignore[attr-defined]
-        raise error

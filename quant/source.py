@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,19 +232,26 @@ def _is_gguf(path: Path) -> bool:
 
 def _download(name: str) -> Path:
     """The hub's snapshot in its own cache: safetensors, configs and tokenizer only."""
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
     allow = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
     ignore = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]  # copies in other layouts
+    failures: tuple[type[Exception], ...] = (
+        LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, *_network_errors())
     try:
         path = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
     except GatedRepoError as e:
         raise ModelError(f"{name}: is gated; accept its licence on the hub and run `hf auth login`") from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, OSError) as e:
+    except failures as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"{name}: no such directory here, and the hub did not give it either ({reason}); check "
                          "the name and the network, or pass a directory (offline, only cached models are found)") from e
     return Path(path)
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """The base error of the HTTP library that huggingface_hub has imported; which one depends on its version."""
+    modules = [sys.modules[name] for name in ("httpx2", "httpx") if name in sys.modules]
+    return tuple(m.HTTPError for m in modules)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _AGAIN = "the checkpoint does not belong to its config.json or is incomplete; download or quantize it again"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is quantized and how, as the config of a checkpoint says it (see ``FewbitsConfig``)."""
-
-    default: str
-    exceptions: Mapping[str, str]
-    keep: Sequence[str]
-
-
 # -- which layout each target has -------------------------------------------------------------------------------
 
 
-def resolve(model: PreTrainedModel, choice: Choice) -> list[tuple[Target, Layout]]:
-    """The targets that are quantized, each with its layout, in module order.
+def resolve(
+    model: PreTrainedModel, default: str, *, exceptions: Mapping[str, str], keep: Sequence[str]
+) -> list[tuple[Target, Layout]]:
+    """The targets that are quantized, each with its layout, in module order (see ``FewbitsConfig``).
 
     Names are exact. A model loaded without its head (``AutoModel``) lacks the prefix of the names; it is put back.
 
@@ -54,16 +46,16 @@ def resolve(model: PreTrainedModel, choice: Choice) -> list[tuple[Target, Layout
     """
     prefix = f"{model.base_model_prefix}."
     is_base = not hasattr(model, model.base_model_prefix)
-    keep, out, used = set(choice.keep), [], set()
+    kept, out, used = set(keep), [], set()
     for target in find_targets(model):
         name = f"{prefix}{target.name}" if is_base and prefix != "." else target.name
-        if target.name in keep or target.name in choice.exceptions:
+        if target.name in kept or target.name in exceptions:
             name = target.name
         used.add(name)
-        if name in keep or (target.kind == "embedding" and name not in choice.exceptions):
+        if name in kept or (target.kind == "embedding" and name not in exceptions):
             continue
-        out.append((target, _layout(target, choice.exceptions.get(name, choice.default))))
-    unknown = sorted(n for n in choice.exceptions if n not in used and not (is_base and not n.startswith(prefix)))
+        out.append((target, _layout(target, exceptions.get(name, default))))
+    unknown = sorted(n for n in exceptions if n not in used and not (is_base and not n.startswith(prefix)))
     if unknown:
         raise CheckpointError(f"{unknown[0]}: named in quantization_config.exceptions ({len(unknown)} such names), "
                               f"but {type(model).__name__} has no such weight; {_AGAIN}")
@@ -138,8 +130,8 @@ def _untie(model: PreTrainedModel, stored: set[str]) -> None:
         untied[target] = source
         if isinstance(ends[1], PackedMatrix) and not isinstance(ends[0], PackedMatrix) and target not in stored:
             if type(ends[0]) is not nn.Linear or not isinstance(ends[1], QuantEmbedding):
-                raise CheckpointError(f"{target}: tied to {source}, which is quantized; only a linear head can be tied to "
-                                      f"a quantized embedding; quantize again with {source_path} in keep")
+                raise CheckpointError(f"{target}: tied to {source}, which is quantized; only a linear head can be tied "
+                                      f"to a quantized embedding; quantize again with {source_path} in keep")
             model.set_submodule(target_path, TiedHead(ends[1], ends[0].bias))
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and isinstance(module._tied_weights_keys, dict):

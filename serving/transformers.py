@@ -13,16 +13,16 @@ import shutil
 import tempfile
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fewbits.kernels.linear import PackedMatrix
 from fewbits.quant.errors import CheckpointError, nearest
-from fewbits.serving.modules import Choice, read_headers, replace_modules, resolve, restore_modules, same_folder, verify
+
+if TYPE_CHECKING:  # imported in the middle of transformers' own import: its models are imported where they are used
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "fewbits"
 FORMAT_VERSION = 1
@@ -75,7 +75,7 @@ class FewbitsConfig(QuantizationConfigMixin):
         """
         version = config_dict.get("format_version", FORMAT_VERSION)
         _demand(type(version) is int and version <= FORMAT_VERSION, "format_version", version,
-                f"an integer up to {FORMAT_VERSION}; a newer fewbits wrote this checkpoint, upgrade with pip install -U fewbits")
+                f"an integer up to {FORMAT_VERSION}; if a newer fewbits wrote it, pip install -U fewbits")
         for key in config_dict:
             _demand(key in _KEYS, "unknown key", key, nearest(str(key), list(_KEYS)))
         config = cls(**config_dict)
@@ -93,13 +93,6 @@ class FewbitsConfig(QuantizationConfigMixin):
         _demand(isinstance(self.keep, (list, tuple)) and all(isinstance(n, str) for n in self.keep),
                 "keep", self.keep, "a list of names")
         _demand(type(self.dequantize) is bool, "dequantize", self.dequantize, "true or false")
-
-    @property
-    def choice(self) -> Choice:
-        if self.default is None:
-            raise CheckpointError("quantization_config.default: missing, needed a layout such as int4_g64; "
-                                  "quantize again")
-        return Choice(self.default, self.exceptions, self.keep)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What ``from_pretrained(..., quantization_config=FewbitsConfig(dequantize=True))`` may change."""
@@ -135,11 +128,17 @@ class FewbitsHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        from fewbits.kernels.linear import PackedMatrix
+        from fewbits.serving.modules import read_headers, replace_modules, resolve, same_folder, verify
+
+        config = self.quantization_config
+        _demand(config.default is not None, "default", None, "a layout such as int4_g64; quantize again")
         if not checkpoint_files or not same_folder(checkpoint_files):
             raise CheckpointError(f"checkpoint files: got {checkpoint_files}, needed the shards of one folder; "
                                   "a state_dict= argument cannot replace them")
         headers = read_headers(checkpoint_files)
-        replace_modules(model, resolve(model, self.quantization_config.choice), set(headers))
+        plan = resolve(model, config.default or "", exceptions=config.exceptions, keep=config.keep)
+        replace_modules(model, plan, set(headers))
         verify(model, headers)
         self._packed = {f"{path}.{name}" for path, m in model.named_modules() if isinstance(m, PackedMatrix)
                         for name in m.packed_tensors()}
@@ -155,14 +154,17 @@ class FewbitsHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.dequantize:
-            return self._dequantize(model, dtype=model.config.dtype)
+            return self._dequantize(model, dtype=model.dtype)
         for name, tensor in model.state_dict().items():
             assert not tensor.is_meta or hasattr(model, "hf_device_map"), f"{name} was not loaded"
         model.save_pretrained = types.MethodType(_save_pretrained, model)  # type: ignore[method-assign]
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        restore_modules(model, dtype or model.dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        from fewbits.serving.modules import restore_modules
+
+        # model.dequantize() hands over config.dtype, which save_pretrained has turned into a string
+        restore_modules(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         # A dense model again: it saves under transformers' own names, with the model's own conversions.
         model.__dict__.pop("save_pretrained", None)
         model.__dict__.pop("_weight_conversions", None)
@@ -183,7 +185,7 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, FewbitsConfig)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, FewbitsHfQuantizer)
     if FewbitsConfig not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FewbitsConfig,)
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FewbitsConfig,)  # type: ignore[assignment]
 
 
 # -- saving -------------------------------------------------------------------------------------------------------
@@ -222,6 +224,8 @@ def _save_pretrained(
 
 def _rename_weights(folder: Path) -> None:
     """``model*.safetensors`` -> ``fewbits-*.safetensors`` with an index, also for one shard."""
+    from fewbits.serving.modules import read_headers
+
     old_index = folder / "model.safetensors.index.json"
     shards = sorted(folder.glob("model*.safetensors"))
     if not shards:  # adapters only
@@ -265,7 +269,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is incomplete, malformed or from a newer version.
     """
-    register()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     if device is not None and device_map is not None:
         raise CheckpointError(f"device: got {device} and a device_map, needed one of them")
     if device is None and device_map is None:
@@ -277,7 +282,8 @@ def load(
     config = AutoConfig.from_pretrained(path, **common)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
-        _check_index(path)
+        if Path(path).is_dir():
+            _check_index(Path(path))
         config.quantization_config = {**quantization, "dequantize": dequantize}
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "offload_folder": offload_folder,
                                "device_map": device_map}
@@ -288,14 +294,30 @@ def load(
     return model.eval()
 
 
-def _check_index(path: str | os.PathLike[str]) -> None:
-    if Path(path).is_dir() and not (Path(path) / INDEX_FILE).is_file():
-        raise CheckpointError(f"{path}: has no {INDEX_FILE}, needed beside config.json; the checkpoint is incomplete, "
-                              "copy the folder again or finish quantizing it")
+def _check_index(folder: Path) -> None:
+    """A folder has an index that names files of that folder."""
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(f"{folder}: has no {INDEX_FILE}, needed beside config.json; the checkpoint is "
+                              "incomplete, copy the folder again or finish quantizing it")
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{folder / INDEX_FILE}: no JSON ({e}); copy the folder again") from e
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    files = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+            raise CheckpointError(f"{folder / INDEX_FILE}: got {str(file)[:80]!r} in weight_map, needed the name of a "
+                                  "shard in this folder; copy the folder again")
 
 
 def load_tokenizer(
     path: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, from a folder or the hub."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+
+
+register()

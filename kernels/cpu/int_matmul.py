@@ -11,8 +11,8 @@ from fewbits.kernels.reference import row_chunks
 GEMV_TOKENS = 8
 """Up to here decoding a row again for every 4 tokens beats a dense copy of it (see benchmarks/kernel_cpu.py)."""
 
-DENSE_CODES = 1 << 22
-"""Weights made dense at a time for many tokens: 16 MB of float32."""
+DENSE_CODES = 1 << 20
+"""Weights made dense at a time for many tokens: 4 MB of float32, which stays in the cache until it is used."""
 
 _SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -42,20 +42,30 @@ def dense(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: i
     """``x (M, K) -> (M, N)`` through dense float32 blocks of rows, never the whole weight; meant for large M."""
     wide = x.float()
     y = torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32)
+    block = torch.empty(0)  # one buffer for every block: fresh pages cost more than decoding into them
     for rows in row_chunks(packed.shape[0], x.shape[1], DENSE_CODES):
-        weight = dequantize(packed[rows], scale[rows], None if zero is None else zero[rows], bits, x.shape[1])
+        if block.numel() == 0:
+            block = torch.empty(rows.stop, x.shape[1], dtype=torch.float32)
+        weight = block[: rows.stop - rows.start]
+        _decode(packed[rows], scale[rows], None if zero is None else zero[rows], bits, weight)
         torch.mm(wide, weight.T, out=y[:, rows])
     return y.to(x.dtype)
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: int) -> Tensor:
     """float32 ``(N, columns)``, equal to the reference bit for bit."""
+    out = torch.empty(packed.shape[0], columns, dtype=torch.float32)
+    _decode(packed, scale, zero, bits, out)
+    return out
+
+
+def _decode(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, out: Tensor) -> None:
+    """Fill ``out (N, K)``, contiguous float32."""
     library = load()
     assert library is not None, "ask available() first"
-    out = torch.empty(packed.shape[0], columns, dtype=torch.float32)
+    rows, columns = out.shape
     status = library.fewbits_dequantize(
         packed.data_ptr(), scale.data_ptr(), _SCALE_KINDS[scale.dtype], None if zero is None else zero.data_ptr(),
-        out.data_ptr(), packed.shape[0], columns, scale.shape[1], bits, torch.get_num_threads())
+        out.data_ptr(), rows, columns, scale.shape[1], bits, torch.get_num_threads())
     if status:
-        raise MemoryError(f"no memory to decode a {packed.shape[0]} x {columns} weight")
-    return out
+        raise MemoryError(f"no memory to decode a {rows} x {columns} weight")

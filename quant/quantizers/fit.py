@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from fewbits.quant.types import Format, Layout
 
-# The clip search touches its data a few hundred times; a chunk of this many weights stays in a core's L2 cache.
-_CHUNK_WEIGHTS = 1 << 16
+# The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
+# is too small for torch to split over threads, so that chunks can be spread over threads instead.
+_CHUNK_WEIGHTS = 1 << 15
 
 
 def fit_layout(
@@ -26,6 +28,8 @@ def fit_layout(
         run = weight[:, start : start + columns].reshape(rows, groups, -1)
         run_importance = None if importance is None else importance[start : start + columns].reshape(groups, -1)
         step = max(1, _CHUNK_WEIGHTS // columns)
-        parts = [fmt.fit(run[i : i + step], run_importance) for i in range(0, rows, step)]
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            chunks = [run[i : i + step] for i in range(0, rows, step)]
+            parts = list(pool.map(fmt.fit, chunks, [run_importance] * len(chunks)))
         yield (fmt, columns), {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, start
         start += columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -35,9 +36,9 @@ class _Hook(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from fewbits.serving.transformers import register
-
-    register()
+    # The module registers itself at its end. No name is taken from it: if its own import of transformers is what
+    # brought us here, it is only half made.
+    importlib.import_module("fewbits.serving.transformers")
 
 
 def enable() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fewbits.quant import gguf_source
 from fewbits.quant.errors import CheckpointError, FewbitsError, ModelError
 from fewbits.quant.shards import DTYPES, read_header
 from fewbits.quant.source import check_finite, open_source, require_dense
@@ -71,7 +71,7 @@ def test_reads_what_safetensors_reads(tiny: Tiny, tmp_path: Path, dtype: torch.d
 
 @pytest.mark.parametrize("name", sorted(DTYPES))
 def test_every_dtype_survives(tmp_path: Path, name: str) -> None:
-    tensor = torch.randint(0, 2, (3, 5, 16), dtype=torch.uint8).view(-1)[: 15 * DTYPES[name].itemsize].view(DTYPES[name])
+    tensor = torch.randint(0, 2, (15 * DTYPES[name].itemsize,), dtype=torch.uint8).view(DTYPES[name])
     save_file({"t": tensor.view(3, 5), "scalar": tensor[0].clone(), "empty": tensor[:0].view(0, 7)},
               tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -169,10 +169,8 @@ def test_hostile_headers(tmp_path: Path, case: str) -> None:
 def test_any_bytes_raise_only_our_errors(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
-    try:
+    with contextlib.suppress(FewbitsError):
         read_header(path)
-    except FewbitsError:
-        pass
 
 
 json_values = st.recursive(
@@ -243,7 +241,7 @@ def test_shard_that_shrinks_after_opening(sharded: Path) -> None:
         source.get("nothing")
 
 
-@pytest.mark.parametrize("escape", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "x\n.safetensors", ""])
+@pytest.mark.parametrize("escape", ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "x\n.safetensors"])
 def test_index_that_leaves_the_directory(sharded: Path, escape: str) -> None:
     write_index(sharded, {"a": escape})
     expect(sharded, "index.json", "do not trust")
@@ -317,9 +315,7 @@ def test_what_is_not_a_model(tmp_path: Path) -> None:
 
 def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for name in ("./nope", "/nope/nope", "~/nope/nope", "nope.gguf", "a b", "a/b/c", "", "../x"):
-        if name == "":
-            continue  # Path("") is the working directory
+    for name in ("./nope", "/nope/nope", "~/nope/nope", "nope.gguf", "a b", "a/b/c", "../x"):
         with pytest.raises(ModelError, match="no such directory"):
             open_source(name)
     with pytest.raises(ModelError, match="no such directory here, and the hub"):
@@ -329,6 +325,28 @@ def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, monkeypatch: pyt
         open_source(tmp_path / "a.txt")
 
 
+def test_hub_id(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = {}
+
+    def give(repo: str, **kwargs: object) -> str:
+        asked.update(kwargs, repo=repo)
+        return str(sharded)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
+    assert open_source("someone/model@abc").name == "someone/model@abc"
+    assert asked["repo"] == "someone/model" and asked["revision"] == "abc"
+    assert not any(p.endswith((".bin", ".pt", "*")) and p[0] == "*" for p in asked["allow_patterns"])
+
+    def fail(repo: str, **kwargs: object) -> str:
+        raise TimeoutError("the line broke\nin two")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"hub did not give it either \(the line broke\)"):
+        open_source("someone/model")
+
+
 @pytest.mark.parametrize("config", [
     {"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"quant_method": "x"}}},
     {"compression_config": {"format": "x"}},
@@ -336,7 +354,7 @@ def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, monkeypatch: pyt
 def test_quantized_models_open_but_are_not_dense(sharded: Path, config: dict) -> None:
     (sharded / "config.json").write_text(json.dumps(config))
     source = open_source(sharded)
-    with pytest.raises(ModelError, match="already quantized.*16-bit"):
+    with pytest.raises(ModelError, match=r"already quantized.*16-bit"):
         require_dense(source)
 
 
@@ -358,90 +376,3 @@ def test_check_finite() -> None:
         check_finite("w", bad)
     with pytest.raises(ModelError, match="1 of 4"):
         check_finite("w", torch.tensor([1.0, 1.0, float("nan"), 1.0]).to(torch.float8_e5m2))
-
-
-def tiny_gguf(path: Path, *, overflow: bool = False) -> Path:
-    """A llama of one layer, 32 wide, written by the gguf package: Q8_0 matrices, float norms, four tokens."""
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(16)
-    writer.add_vocab_size(4)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<s>", "</s>", "a", "b"])
-    writer.add_token_types([3, 3, 1, 1])
-    writer.add_token_merges([])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd": (4, 32), "output": (4, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (32, 32),
-              "blk.0.attn_v": (32, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32),
-              "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
-    for name, shape in shapes.items():
-        raw = gguf.quantize(rng.standard_normal(shape, dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.full(32, 1e6 if overflow else 1.5, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "fewbits"
-
-
-def test_gguf_is_dequantized_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tiny_gguf(tmp_path / "tiny.gguf")
-    source = open_source(file)
-    assert source.name == str(file) and source.path.parent == cache
-    assert [p.name for p in cache.iterdir()] == [f"gguf-{hashlib.sha256(file.read_bytes()).hexdigest()}"]
-    import gguf
-
-    raw = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.ffn_up.weight")
-    expected = torch.from_numpy(gguf.dequantize(raw.data, raw.tensor_type)).half()
-    assert torch.equal(source.get("model.layers.0.mlp.up_proj.weight"), expected)
-    assert {"tokenizer.json", "chat_template.jinja"} <= {p.name for p in source.extra_files()}
-    assert "quantization_config" not in source.config
-    require_dense(source)
-    monkeypatch.setattr(gguf_source, "_convert", None)  # the second time must not convert
-    assert open_source(file).hashes() == source.hashes()
-
-
-def test_gguf_beyond_float16_is_kept_in_float32(tmp_path: Path, cache: Path) -> None:
-    source = open_source(tiny_gguf(tmp_path / "tiny.gguf", overflow=True))
-    norm = source.get("model.norm.weight")
-    assert norm.dtype == torch.float32 and (norm == 1e6).all()
-
-
-def test_gguf_that_is_broken(tmp_path: Path, cache: Path) -> None:
-    whole = tiny_gguf(tmp_path / "tiny.gguf").read_bytes()
-    for raw in (b"", b"GGUF", b"GGUF" + struct.pack("<I", 99), whole[:40], whole[:700], whole[:-100]):
-        (tmp_path / "bad.gguf").write_bytes(raw)
-        with pytest.raises(ModelError, match=r"bad\.gguf"):
-            open_source(tmp_path / "bad.gguf")
-        assert not list(cache.glob("*")) if cache.exists() else True  # nothing half made is left behind
-    (tmp_path / "x-00001-of-00002.gguf").write_bytes(whole)
-    with pytest.raises(ModelError, match="split GGUF"):
-        open_source(tmp_path / "x-00001-of-00002.gguf")
-
-
-def test_gguf_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("not a directory")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="XDG_CACHE_HOME"):
-        open_source(tiny_gguf(tmp_path / "tiny.gguf"))

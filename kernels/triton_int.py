@@ -1,0 +1,245 @@
+"""Triton kernels for packed integer codes of 2, 3, 4 and 8 bits: one for a few tokens, one for many.
+
+Both read the disk layout. A *run* is what one load brings in: the codes of one word, or for 3 bits, whose codes
+straddle words, 32 codes in 3 words that stay in the registers of one thread, so the funnel shift costs no exchange.
+Codes become floats without a conversion instruction, which has a quarter of the rate of an addition: code | 2^23 as
+float bits, minus (2^23 + zero), is exactly code - zero.
+
+Operands as in ``reference.py``; ``dispatch.prepare`` makes ``scale`` and ``zero`` column-major for the gemm.
+Nothing is tuned at start-up: tiles come from the small tables below. They were chosen from compiled code (registers,
+spills, width of loads, see ``aot.py``), not from timings on a GPU.
+
+Prefixes: p_ pointer, s_ stride, b_ block, o_ offset, m_ mask. Shapes: M tokens, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET = triton.knobs.runtime.interpret
+RUNS = {2: 16, 3: 32, 4: 8, 8: 4}
+"""Bits -> columns of a run."""
+
+
+@triton.jit
+def _load(p, m, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m, other=0)
+
+
+@triton.jit
+def _run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
+    """Runs ``o_run (b_r)`` of rows ``p_row (b_n)``: uint32 ``(b_n, b_r, RUN)`` with each code in the lowest bits.
+
+    Halves are joined until a code is left. A join keeps both halves in the registers of the thread that loaded the
+    word; a broadcast against an arange of shifts let the compiler spread a word over 8 threads, which cost 3 times
+    the instructions.
+    """
+    if BITS == 3:  # 32 codes in 3 words are 4 pieces of 8 codes in 24 bits
+        o_word = (o_run * 3)[None, :]
+        p_word = p_row[:, None] + o_word
+        w0 = _load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
+        w1 = _load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
+        w2 = _load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
+        even = tl.join(w0, (w1 >> 16) | (w2 << 16))
+        raw = tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
+        raw = tl.join(raw, raw >> 12)
+        raw = tl.join(raw, raw >> 6)
+        raw = tl.join(raw, raw >> 3)
+    else:
+        word = _load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN)
+        raw = word.to(tl.uint32, bitcast=True)
+        raw = tl.join(raw, raw >> 16)
+        raw = tl.join(raw, raw >> 8)
+        if BITS <= 4:
+            raw = tl.join(raw, raw >> 4)
+        if BITS == 2:
+            raw = tl.join(raw, raw >> 2)
+    return tl.reshape(raw, (p_row.shape[0], o_run.shape[0], RUN))
+
+
+@triton.jit
+def _minus_zero(raw, zero, BITS: tl.constexpr):
+    """float32 ``code - zero``, exactly, of the codes in the lowest bits of ``raw``."""
+    magic = (raw & ((1 << BITS) - 1)) | 0x4B000000
+    return magic.to(tl.float32, bitcast=True) - (8388608.0 + zero)
+
+
+@triton.jit
+def _params(p_s, p_z, m, BITS: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr):
+    """float32 scales and zeros at pointers of any shape."""
+    scale = _load(p_s, m, EVEN).to(tl.float32)
+    if SYM:
+        return scale, tl.full(scale.shape, 1 << (BITS - 1), tl.float32)
+    else:
+        return scale, _load(p_z, m, EVEN).to(tl.float32)
+
+
+@triton.jit
+def int_gemv(p_x, p_w, p_s, p_z, p_y, N, K, words, s_xm, s_ym, s_sn, s_sg, BITS: tl.constexpr, RUN: tl.constexpr,
+             GROUP: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr, b_n: tl.constexpr, b_r: tl.constexpr):
+    """``y (M, N) = x (M, K) @ W.T`` for a token or two: all of a row in one program, float32 throughout.
+
+    A program makes ``b_n`` rows of one token and steps over ``b_r`` runs of each; every thread keeps its own partial
+    sums and they meet once, at the end. No dot: tensor cores would wait for the exchange through shared memory.
+    GROUP is the group size, 0 for one group per row. EVEN: K is a multiple of a step, so that nothing is masked.
+    """
+    o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
+    token = tl.program_id(0).to(tl.int64)  # the faster axis: programs that read the same rows run at the same time
+    row = tl.minimum(o_n, N - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
+    o_r, o_j = tl.arange(0, b_r), tl.arange(0, RUN)
+    p_row = p_w + row * words
+    acc = tl.zeros((b_n, b_r), tl.float32)
+    for start in range(0, tl.cdiv(K, RUN), b_r):
+        o_run = start + o_r
+        o_k = o_run[:, None] * RUN + o_j[None, :]
+        x = _load(p_x + token * s_xm + o_k, o_k < K, EVEN).to(tl.float32)
+        raw = _run_bits(p_row, o_run, words, BITS, RUN, EVEN)
+        if GROUP % RUN == 0:  # a run lies in one group (also for GROUP == 0)
+            o_g = (o_run * RUN) // GROUP if GROUP else o_run * 0
+            o_param = row[:, None] * s_sn + o_g[None, :] * s_sg
+            scale, zero = _params(p_s + o_param, p_z + o_param, (o_run * RUN < K)[None, :], BITS, SYM, EVEN)
+            w = _minus_zero(raw, zero[:, :, None], BITS)
+            acc += tl.sum(x[None, :, :] * w, axis=2) * scale
+        else:
+            o_param = row[:, None, None] * s_sn + (o_k // GROUP)[None, :, :] * s_sg
+            scale, zero = _params(p_s + o_param, p_z + o_param, (o_k < K)[None, :, :], BITS, SYM, EVEN)
+            acc += tl.sum(x[None, :, :] * (_minus_zero(raw, zero, BITS) * scale), axis=2)
+    y = tl.sum(acc, axis=1)
+    tl.store(p_y + token * s_ym + o_n, y.to(p_y.dtype.element_ty), mask=o_n < N)
+
+
+@triton.jit
+def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s_sn, s_sg, BITS: tl.constexpr,
+             RUN: tl.constexpr, GROUP: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+             b_m: tl.constexpr, b_n: tl.constexpr, b_k: tl.constexpr):
+    """``y[split] (M, N) = x (M, K) @ W.T`` over ``steps`` blocks of ``b_k`` columns from ``split * steps``.
+
+    Where a block lies in one group (GROUP a multiple of b_k, or 0: one group per row) the dot takes codes minus
+    2^(b-1), which are exact in every dtype; scale and zero point are applied to the product in float32, so they cost
+    per output and not per weight. Otherwise weights are rounded to the dtype of x first. Partial products of splits are summed by the caller, in a fixed order. WIDE: multiply in
+    float32 (float32 x, and always under the interpreter, whose bfloat16 arithmetic is wrong).
+    """
+    o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
+    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
+    row = tl.minimum(o_n, N - 1).to(tl.int64)
+    p_row = p_w + row * words
+    p_token = p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+    o_k, o_r, o_j = tl.arange(0, b_k), tl.arange(0, b_k // RUN), tl.arange(0, RUN)
+    dtype = tl.float32 if WIDE else p_x.dtype.element_ty
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    acc = tl.zeros((b_m, b_n), tl.float32)
+    first = tl.program_id(2) * steps
+    for step in range(first, first + steps):
+        k = step * b_k
+        x = _load(p_token[:, None] + (k + o_k)[None, :], (k + o_k < K)[None, :], EVEN).to(dtype)
+        raw = _run_bits(p_row, k // RUN + o_r, words, BITS, RUN, EVEN)
+        if GROUP % b_k == 0:
+            o_param = row * s_sn + (k // GROUP if GROUP else 0) * s_sg
+            scale, zero = _params(p_s + o_param, p_z + o_param, (o_n * 0 + k) < K, BITS, SYM, EVEN)
+            w = tl.reshape(_minus_zero(raw, MIDDLE, BITS).to(dtype), (b_n, b_k))
+            part = tl.dot(x, tl.trans(w), input_precision="ieee")
+            if not SYM:
+                part -= tl.sum(x.to(tl.float32), axis=1)[:, None] * (zero - MIDDLE)[None, :]
+            acc += part * scale[None, :]
+        else:
+            o_column = k + o_r[:, None] * RUN + o_j[None, :]
+            o_param = row[:, None, None] * s_sn + (o_column // GROUP)[None, :, :] * s_sg
+            scale, zero = _params(p_s + o_param, p_z + o_param, (o_column < K)[None, :, :], BITS, SYM, EVEN)
+            w = tl.reshape((_minus_zero(raw, zero, BITS) * scale).to(dtype), (b_n, b_k))
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    p_out = p_y + tl.program_id(2).to(tl.int64) * s_ys + o_m.to(tl.int64)[:, None] * s_ym + o_n[None, :]
+    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+
+
+# -- launching --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a launch: ``b_m`` tokens, ``b_n`` rows, ``b_k`` columns a step."""
+
+    b_m: int
+    b_n: int
+    b_k: int
+    warps: int
+    stages: int
+
+
+GEMV_TILE = Tile(b_m=1, b_n=8, b_k=512, warps=4, stages=2)
+"""32 weights a thread and step."""
+
+GEMM_TILES = (
+    (16, Tile(b_m=16, b_n=64, b_k=64, warps=4, stages=4)),
+    (64, Tile(b_m=64, b_n=64, b_k=64, warps=4, stages=3)),
+    (None, Tile(b_m=64, b_n=128, b_k=64, warps=8, stages=3)),
+)
+"""Largest M -> tile; the last takes the rest."""
+
+MAX_SPLIT = 8
+
+
+def gemm_tile(tokens: int, bits: int, group: int) -> Tile:
+    """The tile for M = ``tokens``, with ``b_k`` cut to a power of two that divides ``group`` where that is possible."""
+    tile = next(t for limit, t in GEMM_TILES if limit is None or tokens <= limit)
+    b_k = tile.b_k
+    while group % b_k and b_k > max(16, RUNS[bits]):
+        b_k //= 2
+    return Tile(tile.b_m, tile.b_n, tile.b_k if group % b_k else b_k, tile.warps, tile.stages)
+
+
+def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``x (M, K) -> (M, N)`` for a few tokens."""
+    tokens, columns = x.shape
+    rows, words = packed.shape
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    group = 0 if scale.shape[1] == 1 else columns // scale.shape[1]
+    tile = GEMV_TILE
+    int_gemv[(tokens, triton.cdiv(rows, tile.b_n))](
+        x, packed, scale, packed if zero is None else zero, y, rows, columns, words, x.stride(0), y.stride(0),
+        scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits], GROUP=group, SYM=zero is None,
+        EVEN=columns % tile.b_k == 0, b_n=tile.b_n, b_r=tile.b_k // RUNS[bits], num_warps=tile.warps,
+        num_stages=tile.stages)
+    return y
+
+
+def gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, split: int | None = None) -> Tensor:
+    """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share the columns of a tile (None: as many as help)."""
+    tokens, columns = x.shape
+    rows, words = packed.shape
+    group = 0 if scale.shape[1] == 1 else columns // scale.shape[1]
+    tile = gemm_tile(tokens, bits, group)
+    blocks = triton.cdiv(rows, tile.b_n), triton.cdiv(tokens, tile.b_m)
+    steps = triton.cdiv(columns, tile.b_k)
+    if split is None:
+        split = choose_split(blocks[0] * blocks[1], steps, processors(x.device))
+    y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
+    int_gemm[(*blocks, split)](
+        x, packed, scale, packed if zero is None else zero, y, tokens, rows, columns, words, triton.cdiv(steps, split),
+        x.stride(0), y.stride(1), y.stride(0), scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits],
+        GROUP=group, SYM=zero is None, EVEN=columns % (tile.b_k * split) == 0,
+        WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps,
+        num_stages=tile.stages)
+    return y.sum(0).to(x.dtype) if split > 1 else y[0]
+
+
+def choose_split(blocks: int, steps: int, units: int) -> int:
+    """Programs that share a tile's columns: doubled while the GPU is less than twice full and each has 4 steps left."""
+    split = 1
+    while split < MAX_SPLIT and blocks * split < 2 * units and steps // (2 * split) >= 4:
+        split *= 2
+    return split
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

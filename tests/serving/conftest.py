@@ -1,0 +1,150 @@
+"""Checkpoints made by rounding to nearest, without the pipeline: the tests of the reader stand on their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fewbits.quant.formats import parse_layout
+from fewbits.quant.targets import find_targets, read_weight
+from fewbits.quant.types import Layout, QuantizedTensor, Segment
+
+
+def round_to_nearest(weight: Tensor, layout: Layout) -> QuantizedTensor:
+    """``weight (N, K)`` rounded, run of columns by run of columns."""
+    segments, start = [], 0
+    for fmt, columns in layout:
+        groups = weight[:, start : start + columns].float().reshape(weight.shape[0], fmt.groups(columns), -1)
+        params = fmt.fit(groups, None)
+        codes = fmt.encode(groups, {k: v.unsqueeze(-1) for k, v in params.items()})
+        segments.append(Segment(fmt, codes.view(weight.shape[0], -1), params))
+        start += columns
+    return QuantizedTensor((weight.shape[0], weight.shape[1]), tuple(segments))
+
+
+def quantize(
+    source: Path, out: Path, *, default: str = "int4_g32", exceptions: dict[str, str] | None = None,
+    keep: tuple[str, ...] = ("lm_head",), shards: int = 2,
+) -> PreTrainedModel:
+    """Write a checkpoint of ``source`` to ``out``; returns the dense model that holds the dequantized weights."""
+    exceptions = exceptions or {}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tensors = dict(model.state_dict())
+    tied = dict(model.all_tied_weights_keys)
+    with torch.no_grad():
+        for target in find_targets(model):
+            if target.name in keep or (target.kind == "embedding" and target.name not in exceptions):
+                continue
+            weight = read_weight(model, target)
+            layout = parse_layout(exceptions.get(target.name, default), target.shape[1])
+            quantized = round_to_nearest(weight, layout)
+            tensors.pop(f"{target.module_path}.{target.param_name}".removeprefix("."), None)
+            tensors |= {f"{target.name}.{k}": v for k, v in quantized.pack().items()}
+            if f"{target.module_path}.weight" in tied:  # a tied head that is quantized on its own
+                module = model.get_submodule(target.module_path)
+                module.weight = torch.nn.Parameter(quantized.dequantize())
+            else:
+                weight.copy_(quantized.dequantize())
+    for name in tied:
+        tensors.pop(name, None)
+    config = {"quant_method": "fewbits", "format_version": 1, "default": default, "exceptions": exceptions,
+              "keep": list(keep)}
+    write(source, out, tensors, config, shards=shards)
+    return model.eval()
+
+
+def write(source: Path, out: Path, tensors: dict[str, Tensor], config: dict, *, shards: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if not file.name.startswith("model"):
+            shutil.copy(file, out / file.name)
+    full = json.loads((out / "config.json").read_text())
+    full["quantization_config"] = config
+    (out / "config.json").write_text(json.dumps(full))
+    names, weight_map = list(tensors), {}
+    for i in range(shards):
+        file_name = f"fewbits-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {n: tensors[n].clone().contiguous() for n in names[i::shards]}
+        save_file(part, out / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    (out / "fewbits.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the shards that the index names."""
+    index = json.loads((folder / "fewbits.safetensors.index.json").read_text())["weight_map"]
+    out: dict[str, Tensor] = {}
+    for file in sorted(set(index.values())):
+        out |= load_file(folder / file)
+    assert set(out) == set(index)
+    return out
+
+
+def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(_bytes(a[n]), _bytes(b[n]))
+        for n in a)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.contiguous().view(-1).view(torch.uint8)
+
+
+def logits(model: PreTrainedModel, length: int = 12) -> Tensor:
+    ids = torch.arange(3, 3 + 2 * length).view(2, length)
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Change keys of ``quantization_config``; a value of None removes the key."""
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        config["quantization_config"][key] = value
+        if value is None:
+            del config["quantization_config"][key]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def config_of(folder: Path) -> dict:
+    return AutoConfig.from_pretrained(folder).quantization_config
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny, tmp_path_factory: pytest.TempPathFactory):
+    """``checkpoint(family, **options of quantize) -> (folder, dense model)``, made once; tests do not write to it."""
+    made: dict[str, tuple[Path, PreTrainedModel]] = {}
+
+    def make(family: str, **options: object) -> tuple[Path, PreTrainedModel]:
+        key = f"{family}{options}"
+        if key not in made:
+            out = tmp_path_factory.mktemp(f"{family}-fewbits")
+            made[key] = (out, quantize(tiny(family), out, **options))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path: Path):
+    """``copied(family, **options) -> Path``: a checkpoint that the test may damage."""
+
+    def make(family: str = "llama", **options: object) -> Path:
+        return shutil.copytree(checkpoint(family, **options)[0], tmp_path / "copy")
+
+    return make
