@@ -35,6 +35,16 @@ def make_batches(tokens: Tensor, mask: Tensor) -> list[Tensor]:
     return batches + [tokens[i : i + 1, mask[i]] for i, n in enumerate(lengths) if 0 < n < length]
 
 
+def require_consistent(recipe: Recipe) -> None:
+    """Raise CalibrationError for settings that contradict each other."""
+    want = recipe.calibration
+    if want.inputs == "original" and (want.true_sequential or float(recipe.quantizer.get("qep", 0)) > 0):
+        raise CalibrationError(
+            "calibration.inputs: 'original' goes with neither true_sequential nor qep, which need the inputs that "
+            "the quantized blocks produce; set calibration.inputs = 'quantized' (and do not keep statistics)"
+        )
+
+
 class Collector:
     """Feeds calibration text through the blocks and gathers what the quantizer needs.
 
@@ -51,23 +61,21 @@ class Collector:
         self, streamed: StreamedModel, recipe: Recipe, wanted: Iterable[str], text: CalibrationSet | None,
         stored: StoredStats | None = None,
     ) -> None:
+        require_consistent(recipe)
         self.streamed, self.settings, self.wanted = streamed, recipe.calibration, set(wanted)
         self.warnings: list[str] = []
         self._stored = stored
         self._qep = float(recipe.quantizer.get("qep", 0)) > 0
         self._sequential = self.settings.inputs == "quantized"
-        if not self._sequential and (self.settings.true_sequential or self._qep):
-            raise CalibrationError(
-                "calibration.inputs: 'original' goes with neither true_sequential nor qep, which need the inputs that "
-                "the quantized blocks produce; set calibration.inputs = 'quantized' (and do not keep statistics)"
-            )
         self.runs = text is not None and not (stored and stored.complete)
+        self.keeps = self.runs and stored is not None
         self._moved = self._original_moved = -1
         self._twin: tuple[int, nn.Module] | None = None
         if not self.runs:
             return
         assert text is not None
-        hidden, self._calls = streamed.first_inputs(make_batches(text.tokens, text.mask))
+        with streamed.outer():
+            hidden, self._calls = streamed.first_inputs(make_batches(text.tokens, text.mask))
         self._hidden = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None)
         self._original = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None) if self._qep else None
         if self._hidden.spilled:
@@ -138,7 +146,8 @@ class Collector:
             if n not in experts:
                 self.warnings += lint_tokens(s.n_tokens, {n: kinds[n].shape[1]})
         if experts:
-            self.warnings += lint_experts(experts, sum(experts.values()))
+            widths = {n: kinds[n].shape[1] for n in experts}
+            self.warnings += lint_experts(experts, sum(experts.values()), widths=widths)
 
     # -- moving on -------------------------------------------------------------------------------------------------
 
@@ -179,9 +188,10 @@ class Collector:
         if not self.runs:
             return self._stored.read_head(target.name) if self._stored else None
         gram = Gram(target.shape[1], self.streamed.device)
-        for i in range(len(self._hidden)):
-            x = self.streamed.head_input(self._hidden[i], target)
-            gram.add(x[:, self.settings.skip_tokens :].reshape(-1, x.shape[-1]))
+        with self.streamed.outer(head=True):
+            for i in range(len(self._hidden)):
+                x = self.streamed.head_input(self._hidden[i], target)
+                gram.add(x[:, self.settings.skip_tokens :].reshape(-1, x.shape[-1]))
         stats = gram.stats()
         if self._stored:
             self._stored.write_head(target.name, stats)

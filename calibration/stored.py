@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewbits.quant.checkpoint import disk_errors, read_shard, write_atomically
 from fewbits.quant.errors import CheckpointError
+from fewbits.quant.shards import read_json
 from fewbits.quant.types import LayerStats
 
 
@@ -34,15 +35,20 @@ class StoredStats:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self._identity = json.loads(json.dumps(identity))
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"--stats {folder}: is a file, needed a directory; choose another")
         self.complete = (folder / "stats.json").exists()
         self._groups: dict[str, list[list[str]]] = {}
         if self.complete:
-            known = json.loads((folder / "stats.json").read_text())
+            known = read_json(folder / "stats.json")
+            identity, groups = known.get("identity"), known.get("groups")
+            if not isinstance(identity, dict) or not isinstance(groups, dict):
+                raise CheckpointError(f"{folder}: stats.json is not what fewbits writes; choose another directory")
             for key, value in self._identity.items():
-                if known["identity"].get(key) != value:
+                if identity.get(key) != value:
                     raise CheckpointError(f"{folder}: holds statistics of another run ({key} differs); "
                                           "repeat its model and calibration options, or choose another directory")
-            self._groups = known["groups"]
+            self._groups = groups
 
     def groups(self, index: int) -> list[list[str]]:
         """Targets of block ``index`` grouped by the input that they share."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,9 +111,6 @@ class StreamedModel:
         self.blocks_path = find_blocks(model)
         self.targets = {t.name: t for t in find_targets(model)}
         self._keys = self._map_keys()
-        self._load([k for name, keys in self._keys.items() if self.block_index(name) is None for k in keys])
-        model.tie_weights()
-        self._require_loaded(model, skip=self.blocks_path)
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -173,8 +170,10 @@ class StreamedModel:
                 tf_logging.enable_progress_bar()
 
     def weight(self, target: Target) -> Tensor:
-        """The weight ``(N, K)`` of a loaded target."""
-        return read_weight(self.model, target)
+        """The weight ``(N, K)`` of a target outside the blocks, read from the source (a tied one from its twin)."""
+        name = f"{target.module_path}.{target.param_name}"
+        keys = self._keys.get(name) or self._keys[self.model.all_tied_weights_keys[name]]
+        return self.source.get(keys[0])
 
     def dense_tensors(self, block: Block | None, skip: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of a block (None: outside the blocks) but ``skip``, as the source stores it.
@@ -189,7 +188,8 @@ class StreamedModel:
             if name in skip or name not in state or (name in tied and not untied):
                 continue
             if name in self._converted:
-                yield name, (state[name] if block is None else block.converted[name])
+                assert block is not None, f"{name}: merged or split outside the decoder blocks"
+                yield name, block.converted[name]
             else:
                 yield name, self.source.get(keys[0])
         if block is None and untied:
@@ -208,7 +208,7 @@ class StreamedModel:
         for module in self.block_modules:
             module.forward = lambda states, *args, **kwargs: hidden.to(self.model.dtype)  # type: ignore[method-assign]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        watched = {self.weight(head).data_ptr(): head.name}
+        watched = {read_weight(self.model, head).data_ptr(): head.name}
         try:
             with torch.no_grad(), suppress(_Seen), InputTap(watched, see, ids.numel()):
                 self.model(ids, use_cache=False)
@@ -217,11 +217,34 @@ class StreamedModel:
                 del module.forward
         return seen[0]
 
-    def _require_loaded(self, module: nn.Module, *, prefix: str = "", skip: str | None = None) -> None:
-        for name, param in module.named_parameters():
-            if param.is_meta and not (skip and name.startswith(skip + ".")):
-                full = f"{prefix}.{name}" if prefix else name
-                raise ModelError(f"{full}: not in the checkpoint {self.source.name}; download it again")
+    @contextmanager
+    def outer(self, *, head: bool = False) -> Iterator[None]:
+        """Inside: what lies outside the decoder blocks is in memory; the output head only where it is asked for."""
+        output, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        left_out: set[int] = set()
+        if not head and output is not None:  # a head tied to the embeddings comes with them
+            left_out = {id(p) for p in output.parameters()} - {id(p) for p in inputs.parameters()}
+        params = {
+            n: p for n, p in self.model.named_parameters(remove_duplicate=False)
+            if self.block_index(n) is None and id(p) not in left_out
+        }
+        buffers = {n for n, _ in self.model.named_buffers() if self.block_index(n) is None}
+        self._load([k for n in (*params, *buffers) for k in self._keys.get(n, [])])
+        self.model.tie_weights()
+        self._require_loaded(params)
+        try:
+            yield
+        finally:
+            for name in params:
+                path, _, leaf = name.rpartition(".")
+                meta = nn.Parameter(self.model.get_parameter(name).detach().to("meta"), requires_grad=False)
+                self.model.get_submodule(path).register_parameter(leaf, meta)
+            self.model.tie_weights()
+
+    def _require_loaded(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self.model.get_parameter(name).is_meta:
+                raise ModelError(f"{name}: not in the checkpoint {self.source.name}; download it again")
 
     def blocks(self) -> Iterator[Block]:
         """Each decoder block in turn, with its weights; they leave memory when the next one is asked for."""
@@ -229,7 +252,7 @@ class StreamedModel:
             name = f"{self.blocks_path}.{index}"
             keys = self.source_keys(index)
             self._load([k for ks in keys.values() for k in ks])
-            self._require_loaded(module, prefix=name)
+            self._require_loaded(f"{name}.{n}" for n, _ in module.named_parameters())
             targets = [t for t in self.targets.values() if t.name.startswith(name + ".") and t.kind != "embedding"]
             weights = {t.name: read_weight(self.model, t) for t in targets}
             tree = {f"{name}.{n}": p.detach() for n, p in module.named_parameters()}
@@ -251,7 +274,6 @@ class StreamedModel:
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
         base = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
-        outer_dtypes = {n: p.dtype for n, p in base.named_parameters() if not p.is_meta}
         for batch in rows:
             seen: list[Call] = []
 
@@ -270,7 +292,6 @@ class StreamedModel:
                 for module in self.block_modules:
                     del module.forward
             calls.append(seen)
-        assert {n: p.dtype for n, p in base.named_parameters() if not p.is_meta} == outer_dtypes
         return hidden, calls
 
 

@@ -135,6 +135,8 @@ def _quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:  # it has read the variables above already
+            sys.modules["transformers"].logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def quantize(
                                seqlen=seqlen, dtype=dtype)
         try:
             result = run(
-                model, out, recipe=recipe, overrides=overrides, stats=stats, device=device or "cpu", threads=threads,
+                model, out, recipe=recipe, overrides=overrides, stats=stats, device=device, threads=threads,
                 seed=seed, resume=resume, force=force, max_kl=max_kl, progress=progress,
             )
         except QualityGateError as missed:

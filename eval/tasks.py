@@ -6,12 +6,14 @@ for which ``configs/tasks`` has a template. Nothing local needs a network.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -28,6 +30,7 @@ TaskScores = dict[str, dict[str, float | int | None]]
 
 BATCH_SIZE = 8
 _BOOTSTRAP = 200  # draws for the metrics that have no closed-form error; others ignore it
+_FEWSHOT_SEED = 1234  # lm-eval's own default
 
 
 @dataclass(frozen=True)
@@ -86,26 +89,60 @@ def run_tasks(
     """
     lm_eval = _lm_eval()
     from datasets.exceptions import DatasetsError
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     found = tasks if isinstance(tasks, TaskSet) else find_tasks(tasks, task_dir)
+    names = ",".join(found.names)
     with tempfile.TemporaryDirectory(prefix="fewbits-tasks-") as folder, _quiet():
         _write(found.configs, Path(folder))
-        if found.catalogue and not found.configs:
-            manager = _catalogue()
-        else:
-            manager = TaskManager(include_path=folder, include_defaults=found.catalogue)
         try:
-            results = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(found.names),
-                task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False,
-            )
+            loaded = _load(found, folder)
         except (OSError, DatasetsError) as e:  # files and networks, as `datasets` reports them
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise FewbitsError(f"--tasks {','.join(found.names)}: the data cannot be read ({reason}); without a "
-                               "network pass a folder that holds them as --task-dir") from e
+            raise FewbitsError(f"--tasks {names}: the data cannot be read ({reason}); without a network pass a folder "
+                               "that holds them as --task-dir") from e
+        except ValueError as e:  # a task asked for twice, by itself and in a group
+            raise FewbitsError(f"--tasks {names}: {e}") from e
+        # simple_evaluate would also call git and pip to describe the machine
+        results = lm_eval.evaluate(
+            _quiet_lm()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), loaded, limit=limit,
+            bootstrap_iters=_BOOTSTRAP, log_samples=False,
+        )
     return _scores(results)
+
+
+def _load(found: TaskSet, folder: str) -> Any:
+    """The tasks with their data, and the few-shot settings that lm-eval's own command line gives them."""
+    from lm_eval.tasks import TaskManager
+
+    if found.catalogue and not found.configs:
+        manager = _catalogue()
+    else:
+        manager = TaskManager(include_path=folder, include_defaults=found.catalogue)
+    loaded = manager.load(list(dict.fromkeys(found.names)))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    return loaded
+
+
+def _quiet_lm() -> Any:
+    """lm-eval's transformers model, with its progress bars only where standard error is a terminal."""
+    from lm_eval.models.huggingface import HFLM
+
+    hide = not sys.stderr.isatty()
+
+    class QuietHFLM(HFLM):
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=hide)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=hide)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=hide)
+
+    return QuietHFLM
 
 
 def _scores(results: Mapping[str, Any]) -> TaskScores:
@@ -258,7 +295,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
         if multiproc is None:

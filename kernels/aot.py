@@ -57,7 +57,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel at one problem: ``tokens`` by a ``rows`` x ``columns`` weight of ``bits`` bits in groups of ``group``."""
+    """A kernel at one problem: ``tokens`` times a ``rows`` x ``columns`` weight in groups of ``group`` columns."""
 
     kernel: str
     bits: int
@@ -77,11 +77,10 @@ QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, toke
 """Each bit width with each kernel, asymmetric (the larger code)."""
 
 FULL = QUICK + tuple(
-    Job(kernel, bits, symmetric, tokens, dtype=dtype)
-    for bits in RUNS for symmetric in (True, False) for dtype in ("fp16", "bf16")
-    for kernel, tokens in (("gemv", 1), ("gemv", 4), ("gemm", 16), ("gemm", 64), ("gemm", 256))
-    if (symmetric, dtype, tokens) not in ((False, "fp16", 1), (False, "fp16", 256))
-)
+    Job("gemm", bits, symmetric, tokens, dtype=dtype)
+    for bits in RUNS for symmetric in (True, False) for dtype in ("fp16", "bf16") for tokens in (16, 64, 256)
+    if (symmetric, dtype, tokens) != (False, "fp16", 256)
+) + tuple(Job("gemv", bits, symmetric=True) for bits in RUNS)
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def arguments(job: Job) -> tuple[dict[str, object], Tile]:
 
 
 def compile_job(job: Job, chip: Chip):
-    """Triton's compiled kernel, specialized as the launcher would: integers of 1 and multiples of 16, aligned pointers."""
+    """Triton's compiled kernel, specialized as a launch is: for 1, for multiples of 16, for aligned pointers."""
     kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm}[job.kernel]
     values, tile = arguments(job)
     assert list(values) == list(kernel.arg_names), "arguments() has to follow the kernel's signature"
@@ -147,7 +146,8 @@ def compile_job(job: Job, chip: Chip):
         signature[name] = value if isinstance(value, str) else "i32"
         if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    warps = tile.warps * 32 // chip.target.warp_size
+    options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=chip.target, options=options)
 
 
@@ -157,12 +157,12 @@ def judge(job: Job, chip_name: str) -> Judgement:
     tile = arguments(job)[1]
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
     registers, spills, loop, mma = read(compiled.asm)
-    lanes = tile.warps * chip.target.warp_size
     widths = [width for line in loop if (width := load_width(line))]
     return Judgement(
         job.kernel, job.format, chip_name, job.tokens, job.dtype, registers, spills, compiled.metadata.shared,
-        occupancy(chip, registers, compiled.metadata.shared, tile.warps),
-        round(len(loop) * lanes / (tile.b_n * tile.b_k), 2),
+        occupancy(chip, registers, compiled.metadata.shared,
+                  tile.warps * 32 // chip.target.warp_size),
+        round(len(loop) * tile.warps * 32 / (tile.b_n * tile.b_k), 2),
         round(sum(widths) / len(widths), 1) if widths else 0.0, mma)
 
 
@@ -183,7 +183,9 @@ def judge_elsewhere(jobs: Iterable[Job], chips: Iterable[str] = CHIPS) -> list[d
 def _read_nvidia(asm: Mapping[str, object]) -> tuple[int, int, list[str], str]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])  # type: ignore[arg-type]
+        cubin = asm["cubin"]
+        assert isinstance(cubin, bytes)
+        file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True,
                               timeout=TIMEOUT).stdout

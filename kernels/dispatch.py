@@ -88,7 +88,8 @@ def _triton_gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 TRITON_BITS = (2, 3, 4, 8)
 TRITON_GEMV_TOKENS = 2
-"""Up to here: its work grows with every token (7 instructions a weight, 10 for 16 tokens in the gemm; benchmarks/aot.py)."""
+"""Its work grows with every token: 7 instructions a weight each, where the gemm takes 10 for 16 tokens
+(benchmarks/aot.py)."""
 
 KERNELS: dict[str, Kernel] = {
     "triton_gemv": Kernel(_triton_gemv, "cuda", TRITON_BITS, TRITON_GEMV_TOKENS, _has_triton),

@@ -125,8 +125,9 @@ def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s
 
     Where a block lies in one group (GROUP a multiple of b_k, or 0: one group per row) the dot takes codes minus
     2^(b-1), which are exact in every dtype; scale and zero point are applied to the product in float32, so they cost
-    per output and not per weight. Otherwise weights are rounded to the dtype of x first. Partial products of splits are summed by the caller, in a fixed order. WIDE: multiply in
-    float32 (float32 x, and always under the interpreter, whose bfloat16 arithmetic is wrong).
+    per output and not per weight. Otherwise weights are rounded to the dtype of x first. Partial products of splits
+    are summed by the caller, in a fixed order. WIDE: multiply in float32 (float32 x, and always under the interpreter,
+    whose bfloat16 arithmetic is wrong).
     """
     o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
     o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
@@ -165,7 +166,7 @@ def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes of a launch: ``b_m`` tokens, ``b_n`` rows, ``b_k`` columns a step."""
+    """Block sizes of a launch: ``b_m`` tokens, ``b_n`` rows, ``b_k`` columns a step; ``warps`` of 32 threads."""
 
     b_m: int
     b_n: int
@@ -175,10 +176,13 @@ class Tile:
 
 
 GEMV_TILE = Tile(b_m=1, b_n=8, b_k=512, warps=4, stages=2)
-"""32 weights a thread and step."""
+"""32 weights a thread and step: a run of 3-bit codes must not be shared by two threads."""
+
+WARP = 64 if torch.version.hip else 32
+"""Threads of a warp of the GPU that torch was built for."""
 
 GEMM_TILES = (
-    (16, Tile(b_m=16, b_n=64, b_k=64, warps=4, stages=4)),
+    (16, Tile(b_m=16, b_n=32, b_k=128, warps=4, stages=4)),
     (64, Tile(b_m=64, b_n=64, b_k=64, warps=4, stages=3)),
     (None, Tile(b_m=64, b_n=128, b_k=64, warps=8, stages=3)),
 )
@@ -206,13 +210,13 @@ def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: in
     int_gemv[(tokens, triton.cdiv(rows, tile.b_n))](
         x, packed, scale, packed if zero is None else zero, y, rows, columns, words, x.stride(0), y.stride(0),
         scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits], GROUP=group, SYM=zero is None,
-        EVEN=columns % tile.b_k == 0, b_n=tile.b_n, b_r=tile.b_k // RUNS[bits], num_warps=tile.warps,
-        num_stages=tile.stages)
+        EVEN=columns % tile.b_k == 0, b_n=tile.b_n, b_r=tile.b_k // RUNS[bits],
+        num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
     return y
 
 
 def gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, split: int | None = None) -> Tensor:
-    """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share the columns of a tile (None: as many as help)."""
+    """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     tokens, columns = x.shape
     rows, words = packed.shape
     group = 0 if scale.shape[1] == 1 else columns // scale.shape[1]
@@ -226,8 +230,8 @@ def gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: in
         x, packed, scale, packed if zero is None else zero, y, tokens, rows, columns, words, triton.cdiv(steps, split),
         x.stride(0), y.stride(1), y.stride(0), scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits],
         GROUP=group, SYM=zero is None, EVEN=columns % (tile.b_k * split) == 0,
-        WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps,
-        num_stages=tile.stages)
+        WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
+        num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
     return y.sum(0).to(x.dtype) if split > 1 else y[0]
 
 

@@ -67,8 +67,10 @@ class CheckpointWriter:
 
     def _claim(self, run: dict[str, Any], resume: bool, force: bool) -> None:
         run = json.loads(json.dumps(run))
-        existing = [p for p in self.out.iterdir()] if self.out.is_dir() else []
         marker = self._work / "run.json"
+        existing = [p for p in self.out.iterdir()] if self.out.is_dir() else []
+        if existing == [self._work] and not marker.exists():
+            existing = []  # a run of ours that was killed before it said what it was
         if existing and not marker.exists() and not force:
             what = "a finished checkpoint" if (self.out / INDEX).exists() else f"{len(existing)} other files"
             raise CheckpointError(f"{self.out}: holds {what}; choose an empty directory, or --force to overwrite")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.calibration.collect import Collector
+from fewbits.calibration.collect import Collector, require_consistent
 from fewbits.calibration.data import CalibrationSet, load_calibration
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
@@ -106,7 +106,7 @@ def quantize(
     recipe: str | Recipe = "gptq",
     overrides: Mapping[str, Any] | None = None,
     stats: str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -123,7 +123,7 @@ def quantize(
         overrides: dotted recipe keys to change, e.g. ``{"format.bits": 3, "calibration.samples": 64}``.
         stats: directory of calibration statistics: reused if it holds those of this model and text, else written.
             Statistics are then those of the original model (``calibration.inputs = "original"``).
-        device: where to compute, e.g. ``cpu`` or ``cuda:0``.
+        device: where to compute, e.g. ``cpu`` or ``cuda:0``; default the first GPU, else the CPU.
         threads: CPU threads (default: torch's own choice).
         seed: of everything that draws.
         resume: continue the interrupted run in ``out``; gives the bytes that an uninterrupted run gives.
@@ -138,6 +138,7 @@ def quantize(
     started, cpu_started = time.monotonic(), time.process_time()
     if threads:
         torch.set_num_threads(threads)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress = progress or (lambda what, done, total: None)
     if not isinstance(recipe, Recipe):
         forced = {"calibration.inputs": "original"} if stats else {}
@@ -145,11 +146,12 @@ def quantize(
     source = open_source(model)
     require_dense(source)
     quantizer = recipe.make_quantizer()
+    require_consistent(recipe)
     streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=torch.device(device))
     assignment = assign(recipe, streamed)
 
     text, held_out = _calibration(recipe, quantizer, streamed, seed, gate=max_kl is not None)
-    run = run_identity(source, recipe, text, seed=seed, device=device)
+    run = run_identity(source, recipe, text if quantizer.needs_stats else None, seed=seed, device=device)
     stored = StoredStats(Path(stats), stats_identity(run, recipe)) if stats and quantizer.needs_stats else None
     writer = CheckpointWriter(
         Path(out), len(streamed.block_modules) + 1, run, resume=resume, force=force,
@@ -165,6 +167,7 @@ def quantize(
             )
         _quantize_blocks(job, collector, progress)
         _write_rest(job, collector)
+        progress("Quantizing", writer.total, writer.total)
         if stored:
             stored.finish()
         facts = [f for i in range(writer.total) for f in writer.facts(i)]
@@ -176,11 +179,13 @@ def quantize(
     report.bits_per_weight, report.bits_per_weight_total = totals(facts)
     report.worst = [f["name"] for f in sorted(facts, key=lambda f: -f.get("relative_loss", 0))[:5]]
     report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
-    if max_kl is not None:
-        _gate(report, source, held_out, max_kl)
-    report.seconds = time.monotonic() - started
-    report.cpu_seconds = time.process_time() - cpu_started
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        if max_kl is not None:
+            _gate(report, source, held_out, max_kl)
+    finally:  # a missed gate reports what the run cost too
+        report.seconds = time.monotonic() - started
+        report.cpu_seconds = time.process_time() - cpu_started
+        report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
 
 
@@ -189,6 +194,9 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
     for block in job.streamed.blocks():
         shard = block.index + 1
         if job.writer.has(shard):  # made by the interrupted run that this one resumes
+            if collector.keeps:  # the directory of statistics is to hold those of every block
+                for step in collector.steps(block):
+                    collector.observe(block, step)
             collector.install(block, job.assignment.unpack(block, job.writer.read(shard)))
         else:
             tensors: dict[str, QuantizedTensor] = {}
@@ -231,12 +239,16 @@ def _quantize_step(
 def _write_rest(job: _Job, collector: Collector) -> None:
     """What lies outside the decoder blocks: embeddings, final norm, head, quantized only where the recipe says so."""
     if job.writer.has(0):
+        for target, _ in job.assignment.outside():
+            if collector.keeps and target.kind != "embedding":
+                collector.observe_head(target)
         return
     tensors: dict[str, QuantizedTensor] = {}
     facts = []
     for target, fmt in job.assignment.outside():
-        weight = job.streamed.weight(target).float()
+        weight = job.streamed.weight(target)
         check_finite(target.name, weight)
+        weight = weight.float()
         # an embedding is looked up, not multiplied: it has no input statistics
         how: Quantizer = RTN("search") if target.kind == "embedding" else job.quantizer
         with job.clock.calibrating():
@@ -263,7 +275,7 @@ def _calibration(
 
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)
-        return self_generate(model, tokenizer, rows, length, seed)
+        return self_generate(model, tokenizer, rows, length, seed=seed)
 
     def rows(samples: int) -> CalibrationSet:
         return load_calibration(

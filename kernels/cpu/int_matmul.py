@@ -8,8 +8,9 @@ from torch import Tensor
 from fewbits.kernels.cpu.build import load
 from fewbits.kernels.reference import row_chunks
 
-GEMV_TOKENS = 8
-"""Up to here decoding a row again for every 4 tokens beats a dense copy of it (see benchmarks/kernel_cpu.py)."""
+GEMV_TOKENS = 12
+"""Up to here, decoding a row again for every 4 tokens beats a dense copy of it: they break even at 12 to 16 tokens
+(benchmarks/kernel_cpu.py)."""
 
 DENSE_CODES = 1 << 20
 """Weights made dense at a time for many tokens: 4 MB of float32, which stays in the cache until it is used."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewbits.quant.errors import FewbitsError
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.rtn import Clip
-from fewbits.quant.types import LayerStats, Layout, Params, QuantizedTensor, Segment
+from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +63,15 @@ class GPTQ:
         """
         if stats is None or stats.n_tokens == 0:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
-        hessian = stats.hessian
-        dead = hessian.diagonal() <= 0
+        importance = stats.xtx.diagonal() / stats.n_tokens
+        dead = importance <= 0
+        importance = importance.masked_fill(dead, 1)
         weight = weight.masked_fill(dead, 0)
-        hessian.diagonal()[dead] = 1
-        importance = hessian.diagonal().clone()
         facts: dict[str, float] = {}
 
         target = weight
         if self.qep > 0 and stats.cross is not None:
-            target, facts["qep_shift"] = self._match_original_outputs(weight, stats, dead)
+            target, facts["qep_shift"] = self._match_original_outputs(weight, stats)
         fits = list(fit_layout(weight, importance if self.clip == "search" else None, layout))
         columns = [
             (fmt, {k: v.T[g].float().contiguous() for k, v in params.items()})
@@ -81,23 +80,29 @@ class GPTQ:
             for _ in range(n // fmt.groups(n))
         ]
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
-        factor, facts["damp"] = reverse_cholesky(hessian[order][:, order], self.damp)
-        codes = self._sweep(target.T[order].contiguous(), factor, [columns[i] for i in order.tolist()])
+        lower, facts["damp"] = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
+        codes = self._sweep(target.T[order].contiguous(), lower, [columns[i] for i in order.tolist()])
         codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
         segments = tuple(
             Segment(fmt, codes[:, start : start + n].contiguous(), params) for (fmt, n), params, start in fits
         )
         return QuantizedTensor((weight.shape[0], weight.shape[1]), segments), facts
 
-    def _sweep(self, target: Tensor, factor: Tensor, columns: list[tuple]) -> Tensor:
-        """Codes ``(K, N)`` of ``target (K, N)`` (transposed, so that a column of W is contiguous)."""
-        feedback = factor / factor.diagonal()  # A: unit upper triangular
+    def _sweep(self, target: Tensor, lower: Tensor, columns: list[tuple]) -> Tensor:
+        """Codes ``(K, N)`` of ``target (K, N)`` (transposed, so that a column of W is contiguous).
+
+        ``lower (K, K)`` is R with both axes reversed; it is read in slices, because a second matrix of that size is
+        what decides how much memory a large layer needs.
+        """
+        n = target.shape[0]
         error = torch.zeros_like(target)
         codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-        for a in range(0, target.shape[0], self.block_size):
-            b = min(a + self.block_size, target.shape[0])
-            value = torch.addmm(target[a:b], feedback[:a, a:b].T, error[:a])  # what earlier blocks imply
-            inner = feedback[a:b, a:b].T.contiguous()
+        for a in range(0, n, self.block_size):
+            b = min(a + self.block_size, n)
+            # A[:b, a:b], unit upper triangular in its last rows
+            feedback = lower[n - b :, n - b : n - a].flip(0, 1) / lower.diagonal()[n - b : n - a].flip(0)
+            value = torch.addmm(target[a:b], feedback[:a].T, error[:a])  # what earlier blocks imply
+            inner = feedback[a:].T.contiguous()
             for k in range(a, b):
                 i = k - a
                 v = torch.addmv(value[i], error[a:k].T, inner[i, :i]) if i else value[i]
@@ -106,11 +111,12 @@ class GPTQ:
                 torch.sub(target[k], fmt.decode(code, params), out=error[k])
         return codes
 
-    def _match_original_outputs(self, weight: Tensor, stats: LayerStats, dead: Tensor) -> tuple[Tensor, float]:
+    def _match_original_outputs(self, weight: Tensor, stats: LayerStats) -> tuple[Tensor, float]:
         """``W + qep W C H^-1`` with ``C = E[(x~ - x) x^T]``: the least-squares weights for the original outputs."""
         assert stats.cross is not None
         cross = stats.cross / stats.n_tokens
         hessian = stats.hessian
+        dead = hessian.diagonal() <= 0
         hessian.diagonal()[dead] = 1
         hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
         shift = torch.linalg.solve(hessian, weight @ cross, left=False)
@@ -118,8 +124,11 @@ class GPTQ:
         return target, float((target - weight).norm() / weight.norm().clamp(min=1e-30))
 
 
-def reverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Upper triangular R with ``R R^T = H + damp mean(diag H) I``, and the damping that it took.
+def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Factor the damped Hessian, columns in ``order``: ``R R^T = H + damp mean(diag H) I``, R upper triangular.
+
+    Returns R with both axes reversed (a lower triangular matrix), which is how a Cholesky factor of the reversed
+    matrix comes, and the damping that it took. A dead input (zero diagonal) gets a diagonal of 1.
 
     In exact arithmetic no ``R_jj^2`` can fall below the damping; when one does (or is not finite) the factor is
     redone in float64, and then with sqrt(10) times the damping, logged each time.
@@ -127,22 +136,32 @@ def reverse_cholesky(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     Raises:
         FewbitsError: the Hessian is not finite, or no damping up to 10 makes it positive definite.
     """
-    mean = float(hessian.diagonal().mean())
-    if not torch.isfinite(hessian).all():
+    diagonal = xtx.diagonal() / n_tokens
+    diagonal = torch.where(diagonal <= 0, 1.0, diagonal)
+    mean = float(diagonal.mean())
+    if not bool(torch.isfinite(xtx.sum())):
         raise FewbitsError("hessian: got NaN or Inf in the calibration statistics; check the model and the text")
-    first = damp
+    backwards, first = order.flip(0), damp
     while damp <= _MAX_DAMP:
+        floor = damp * mean
         for dtype in (torch.float32, torch.float64):
-            flipped = hessian.flip(0, 1).to(dtype)
-            flipped.diagonal().add_(damp * mean)
-            lower, info = torch.linalg.cholesky_ex(flipped)
-            floor = 0.5 * damp * mean
-            if not info and bool((lower.diagonal().square() >= floor).all()) and bool(torch.isfinite(lower).all()):
+            hessian = _permuted(xtx, backwards, dtype).div_(n_tokens)
+            hessian.diagonal().copy_(diagonal[backwards] + floor)
+            # in place: column-major, as LAPACK wants it, is the transpose of a symmetric matrix
+            info = torch.zeros((), dtype=torch.int32, device=xtx.device)
+            lower, _ = torch.linalg.cholesky_ex(hessian.T, out=(hessian.T, info))
+            pivots = lower.diagonal()
+            if not info and bool(torch.isfinite(pivots).all()) and bool((pivots.square() >= 0.5 * floor).all()):
                 if damp > first:
                     log.warning("damping raised from %g to %g: the Hessian is nearly singular", first, damp)
-                return lower.flip(0, 1).float(), damp
+                return lower.float(), damp
         damp = max(damp, 1e-6) * _DAMP_STEP
     raise FewbitsError(f"hessian: not positive definite even with damping {_MAX_DAMP}; check the calibration text")
 
 
-__all__ = ["GPTQ", "Params", "reverse_cholesky"]
+def _permuted(matrix: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix[order][:, order]`` without a second copy of its size."""
+    out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for start in range(0, len(order), 256):
+        out[start : start + 256] = matrix[order[start : start + 256]][:, order]
+    return out

@@ -42,15 +42,17 @@ def test_prompt_from_standard_input(tiny, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("From a pipe")
 
 
-def test_chat(tmp_path, capsys, request):
-    conftest = request.config.pluginmanager.get_plugin("conftest") or sys.modules.get("conftest")
-    save = conftest.save_tiny_model if conftest else None
-    if save is None:
-        save = next(m for n, m in sys.modules.items() if n.endswith("conftest") and hasattr(m, "save_tiny_model")
-                    ).save_tiny_model
-    path = save(tmp_path / "m", "llama", chat=True)
-    assert main(["generate", str(path), "Hi", "--chat", "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.startswith("Hi\n\n")
+def test_chat(tiny, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny("llama") / name).read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "Hi", "--chat", "--max-new-tokens", "3"]) == 0
+    answer = greedy(tiny("llama"), "user: Hi", 3).lstrip("\n")
+    assert capsys.readouterr().out == f"Hi\n\n{answer}\n"
 
 
 def test_new_tokens_keep_to_the_context(tiny, capsys):

@@ -80,8 +80,9 @@ def test_version_and_no_arguments(capsys):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["evil"], "did you mean 'eval'"), (["eval"], "missing argument 'model'"), (["eval", "m", "--widow", "3"], "--widow"),
-    (["eval", "m", "--window", "wide"], "--window"), (["eval", "m", "n"], "unexpected"), (["--bogus"], "--bogus"),
+    (["evil"], "did you mean 'eval'"), (["eval"], "missing argument 'model'"),
+    (["eval", "m", "--widow", "3"], "--widow"), (["eval", "m", "--window", "wide"], "--window"),
+    (["eval", "m", "n"], "unexpected"), (["--bogus"], "--bogus"),
     (["eval", "m", "--limit", "0"], "--limit"), (["eval", "m", "--window"], "--window"),
 ])
 def test_usage_errors_are_one_line(args, words, capsys):

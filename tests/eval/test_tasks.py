@@ -110,12 +110,14 @@ def test_broken_yaml_is_passed_over_and_include_cycles_end(folder):
 
 
 def test_bad_input(folder, pair, monkeypatch):
-    with pytest.raises(FewbitsError, match="--task-dir .*no such directory"):
+    with pytest.raises(FewbitsError, match=r"--task-dir .*no such directory"):
         find_tasks(["piqa"], folder / "none")
     write_jsonl(folder / "zeroshot" / "piqa.jsonl", [])
     (folder / "zeroshot" / "piqa.jsonl").write_text("not json\n")
     with pytest.raises(FewbitsError, match="the data cannot be read"):
         run_tasks(*pair, ["piqa"], task_dir=folder)
+    with pytest.raises(FewbitsError, match="Duplicate task 'blimp_binding'"):
+        run_tasks(*pair, ["blimp", "blimp_binding"], task_dir=folder)
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(FewbitsError, match=r"pip install 'fewbits\[tasks\]'"):
         find_tasks(["piqa"], folder)

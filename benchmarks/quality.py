@@ -1,0 +1,44 @@
+"""Quality at equal stored bits: RTN and GPTQ at 4, 3 and 2 bits, group 64, on the protocol of ``protocol.py``.
+
+    FEWBITS_DATA=... python benchmarks/quality.py [--bits 4 3 2] [--recipes gptq rtn] [--dtype float32]
+"""
+
+from __future__ import annotations
+
+from benchmarks import protocol
+
+import fewbits
+from fewbits.quant.source import open_source
+
+
+def main() -> None:
+    parser = protocol.parser(__doc__)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--recipes", nargs="+", default=["gptq", "rtn"])
+    parser.add_argument("--set", nargs="*", default=[], help="recipe keys, as in fewbits quantize")
+    parser.add_argument("--name", default="quality")
+    args = parser.parse_args()
+
+    from fewbits.quant.recipe import parse_settings
+
+    source, rows = protocol.real_model(), []
+    baseline = open_source(source).path
+    for recipe in args.recipes:
+        for bits in args.bits:
+            overrides = {
+                **protocol.CALIBRATION, "calibration.sources": [str(protocol.text("valid"))], "format.bits": bits,
+                **parse_settings(args.set),
+            }
+            out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}"
+            made = fewbits.quantize(source, out, recipe=recipe, overrides=overrides, force=True)
+            scores = protocol.evaluate(out, baseline)
+            row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set, **made.to_json(),
+                   **{k: v for k, v in scores.items() if k not in ("per_text", "tasks", "protocol")}}
+            rows.append(row)
+            print(f"{recipe} {bits} bits: {made.bits_per_weight:.3f} stored, perplexity {scores['perplexity']:.2f}, "
+                  f"KL {scores['kl_mean']:.4f}, {made.cpu_seconds:.0f} CPU s")
+            protocol.save(args.name, rows)
+
+
+if __name__ == "__main__":
+    main()
