@@ -1,6 +1,6 @@
 """Quality at equal stored bits: RTN and GPTQ at 4, 3 and 2 bits, group 64, on the protocol of ``protocol.py``.
 
-    FEWBITS_DATA=... python benchmarks/quality.py [--bits 4 3 2] [--recipes gptq rtn] [--dtype float32]
+    FEWBITS_DATA=... python -m benchmarks.quality [--bits 4 3 2] [--recipes gptq rtn] [--dtype float32]
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.lint import lint_experts, lint_tokens
+from fewbits.calibration.lockstep import Closed, PausedPass
 from fewbits.calibration.stats import Gram
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import BATCH_TOKENS, Block, Call, HiddenStates, StreamedModel
@@ -24,9 +26,12 @@ log = logging.getLogger(__name__)
 HIDDEN_LIMIT_BYTES = 2 << 30
 """Hidden states beyond this go to disk. Changes no number."""
 
+PAUSED_LIMIT_BYTES = 4 << 30
+"""Activations of passes kept open; beyond this each step of a block runs it anew. Changes no number."""
+
 
 def make_batches(tokens: Tensor, mask: Tensor) -> list[Tensor]:
-    """Rows of token ids in batches ``(B, L)``. A padded row runs alone, cut to its length: padding is never computed."""
+    """Rows of token ids in batches ``(B, L)``. A padded row runs alone, cut to its length: padding never enters."""
     length = tokens.shape[1]
     lengths = mask.sum(1).tolist()
     whole = tokens[[i for i, n in enumerate(lengths) if n == length]]
@@ -69,7 +74,8 @@ class Collector:
         self._sequential = self.settings.inputs == "quantized"
         self.runs = text is not None and not (stored and stored.complete)
         self.keeps = self.runs and stored is not None
-        self._moved = self._original_moved = -1
+        self._moved = -1
+        self._paused: list[tuple[PausedPass, PausedPass | None]] | None = None
         self._twin: tuple[int, nn.Module] | None = None
         if not self.runs:
             return
@@ -109,7 +115,7 @@ class Collector:
             grams = {
                 g[0]: Gram(kinds[g[0]].shape[1], device, cross=self._qep and kinds[g[0]].kind != "expert") for g in step
             }
-            self._pass(block, grams)
+            self._gather(block, step, grams)
             stats = {name: grams.pop(name).stats() for name in list(grams)}
             if self._stored:
                 self._stored.write(block.index, step, stats)
@@ -120,25 +126,76 @@ class Collector:
         self._lint(kinds, stats)
         return _pool_starved(stats, kinds)
 
-    def _pass(self, block: Block, grams: dict[str, Gram]) -> None:
-        """One pass over all batches. Outputs are kept where they are what the next block reads."""
+    def _gather(self, block: Block, step: list[list[str]], grams: dict[str, Gram]) -> None:
+        """Fill the sums, one batch after another."""
+        if self._one_pass(block):
+            if self._paused is None:
+                self._paused = self._open_passes(block)
+            ((name, *_),) = step  # a step of several groups has experts, and those take the other way
+            for i, (own, original) in enumerate(self._paused):
+                x = self._rows(i, *own.next_input())
+                reference = None if original is None else self._rows(i, *original.next_input())
+                grams[name].add(x, reference)
+        else:
+            self._run_anew(block, grams)
+
+    def _one_pass(self, block: Block) -> bool:
+        """Whether to keep every batch's pass open from step to step: if they fit in memory. Changes no number."""
+        if not self.settings.true_sequential or any(t.kind == "expert" for t in block.targets):
+            return False
+        tokens = sum(shape[0] * shape[1] for shape in self._hidden.shapes)
+        widest = max(t.shape[0] for t in block.targets)
+        live = tokens * (3 * widest + 3 * self._hidden.shapes[0][-1]) * self._hidden.dtype.itemsize
+        return live * (2 if self._qep else 1) <= PAUSED_LIMIT_BYTES
+
+    def _open_passes(self, block: Block) -> list[tuple[PausedPass, PausedPass | None]]:
+        """For every batch a pass that stops in front of each step's linear, and with QEP one in the original block."""
+        stops = {group[0] for step in self.steps(block) for group in step}
+        twin = self._twin_of(block)
+
+        def open_pass(states: HiddenStates, i: int, module: nn.Module | None) -> PausedPass:
+            return PausedPass(lambda see: block.watch(states[i], self._call(i, block), see, module), stops)
+
+        return [
+            (open_pass(self._hidden, i, None),
+             None if self._original is None else open_pass(self._original, i, twin))
+            for i in range(len(self._hidden))
+        ]
+
+    def _rows(self, batch: int, x: Tensor, tokens: Tensor) -> Tensor:
+        """Inputs ``(T, K)`` of the tokens that count."""
+        x = x.reshape(-1, x.shape[-1])
+        skip, length = self.settings.skip_tokens, self._hidden.shapes[batch][1]
+        return x[(tokens % length) >= skip] if skip else x
+
+    def _run_anew(self, block: Block, grams: dict[str, Gram]) -> None:
+        """A pass over all batches from the block's start. Outputs are kept where they are what the next block reads."""
         experts = any(t.kind == "expert" for t in block.targets)
-        skip = self.settings.skip_tokens
-        crossed = {n: g for n, g in grams.items() if g.cross is not None}
+        stop_early = self._sequential and not experts  # the output is not needed: stop at the last input that is
         for i in range(len(self._hidden)):
-            call = self._call(i, block)
             reference: dict[str, Tensor] = {}
+            left = set(grams)
+
+            def keep(name: str, x: Tensor, tokens: Tensor, i: int = i, into: dict = reference) -> None:
+                if name in grams and grams[name].cross is not None:
+                    into[name] = self._rows(i, x, tokens)
+
+            def add(
+                name: str, x: Tensor, tokens: Tensor, i: int = i, given: dict = reference, left: set = left
+            ) -> None:
+                if name in grams:
+                    grams[name].add(self._rows(i, x, tokens), given.get(name))
+                    left.discard(name)
+                    if stop_early and not left:
+                        raise Closed
+
             if self._original is not None:
-                out = block.observe(self._original[i], call, crossed, skip=skip, module=self._twin_of(block),
-                                    into=reference)
-                if not self.settings.true_sequential and out is not None:
-                    self._original[i] = out
-                    self._original_moved = block.index
-            stop = self._sequential and not experts  # the output is not needed: stop at the last input that is
-            out = block.observe(self._hidden[i], call, grams, skip=skip, reference=reference, stop_early=stop)
-            if not self._sequential and out is not None:
-                self._hidden[i] = out
-                self._moved = block.index
+                block.watch(self._original[i], self._call(i, block), keep, self._twin_of(block))
+            with contextlib.suppress(Closed):
+                out = block.watch(self._hidden[i], self._call(i, block), add)
+                if not self._sequential:
+                    self._hidden[i] = out
+                    self._moved = block.index
 
     def _lint(self, kinds: Mapping[str, Target], stats: Mapping[str, LayerStats]) -> None:
         experts = {n: s.n_tokens for n, s in stats.items() if kinds[n].kind == "expert"}
@@ -161,16 +218,24 @@ class Collector:
 
     def advance(self, block: Block) -> None:
         """Move the hidden states past a block."""
-        if not self.runs:
+        if not self.runs or self._moved == block.index:
             return
-        if self._original is not None and self._original_moved != block.index:
-            twin = self._twin_of(block)
-            for i in range(len(self._original)):
-                self._original[i] = block.run(self._original[i], self._call(i, block), twin)
-        self._twin = None
-        if self._moved != block.index:
-            for i in range(len(self._hidden)):
-                self._hidden[i] = block.run(self._hidden[i], self._call(i, block))
+        twin = self._twin_of(block)
+        for i in range(len(self._hidden)):
+            own, original = self._paused[i] if self._paused else (None, None)
+            self._hidden[i] = own.finish() if own else block.run(self._hidden[i], self._call(i, block))
+            if self._original is not None:
+                self._original[i] = (
+                    original.finish() if original else block.run(self._original[i], self._call(i, block), twin)
+                )
+        self._twin = self._paused = None
+
+    def close(self) -> None:
+        """Abandon passes that an error left open."""
+        for passes in self._paused or []:
+            for each in filter(None, passes):
+                each.close()
+        self._paused = None
 
     def _twin_of(self, block: Block) -> nn.Module | None:
         """The block with its original weights, kept beside the quantized one for QEP."""

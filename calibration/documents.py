@@ -224,13 +224,18 @@ def _read_dataset(source: str, budget: int, *, seed: int | None) -> Documents:
 
 
 def default_documents() -> list[Document]:
-    """The topics of CPython's ``help()``: prose about a language, which every installation carries."""
+    """The topics of CPython's ``help()``: prose about a language, which every installation carries.
+
+    Without those that evaluation holds out as its own default text.
+    """
+    from fewbits.eval.text import is_held_out
+
     try:
         from pydoc_data.topics import topics
     except ImportError as e:
         raise CalibrationError("default: this Python lacks pydoc_data; pass a text file of your own") from e
     seen: set[str] = set()  # topics quote one another at length
-    texts = [_clean_rst(topics[key], seen) for key in sorted(topics)]
+    texts = [_clean_rst(topics[key], seen) for key in sorted(topics) if not is_held_out(key)]
     return [Document(text=text) for text in texts if len(text) > 200]
 
 

@@ -70,9 +70,8 @@ class InputTap(TorchFunctionMode):
             self._see(args[0], args[1])
         elif func is torch.addmm:
             self._see(args[1], args[2])
-        elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
-            if args[1].ndim == 1 and args[0].shape[0] == len(self._all):
-                self._routed = args[1]
+        elif func is Tensor.__getitem__ and _is_gather(args[1]) and args[0].shape[0] == len(self._all):
+            self._routed = args[1]
         return func(*args, **(kwargs or {}))
 
     def _see(self, x: Tensor, weight: Tensor) -> None:
@@ -84,3 +83,7 @@ class InputTap(TorchFunctionMode):
         else:
             assert self._routed is not None and len(self._routed) == rows, f"{name}: cannot tell which tokens it sees"
             self._on_input(name, x, self._routed)
+
+
+def _is_gather(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1

@@ -8,6 +8,7 @@ transformers can load needs nothing here.
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration.stats import Gram, InputTap
+from fewbits.calibration.stats import InputTap, OnInput
 from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
 from fewbits.quant.targets import Target, find_targets, read_weight
@@ -93,14 +94,17 @@ class StreamedModel:
 
     def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
         from accelerate import init_empty_weights
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        # what transformers raises for a config.json that it does not know or that makes no sense
+        failures = (ValueError, KeyError, ImportError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
         self.source, self.dtype, self.device = source, dtype, device
         try:
             config = AutoConfig.from_pretrained(source.path)
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=_stored_dtype(source))
-        except (ValueError, KeyError, ImportError) as error:
+        except failures as error:
             raise ModelError(f"{source.name}: transformers cannot build this model: {error}") from error
         model.eval()
         model.config.use_cache = False
@@ -111,6 +115,7 @@ class StreamedModel:
         self.blocks_path = find_blocks(model)
         self.targets = {t.name: t for t in find_targets(model)}
         self._keys = self._map_keys()
+        self._require_complete()
 
     # -- names ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +154,24 @@ class StreamedModel:
             if pattern is not None:
                 self._converted.add(name)
         return mapped
+
+    def _require_complete(self) -> None:
+        """Every parameter is in the source, or the one that it is tied to, in its shape: said before any work is done.
+
+        Raises:
+            ModelError: naming the first that is not.
+        """
+        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        optional = [re.compile(p) for p in self.model._keys_to_ignore_on_load_missing or ()]
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            twins = {name, tied.get(name, name), *(t for t, s in tied.items() if s == name)}
+            if twins.isdisjoint(self._keys) and not any(p.search(name) for p in optional):
+                raise ModelError(f"{name}: not in the checkpoint {self.source.name}; download it again")
+            keys = self._keys.get(name, [])
+            shape = self.source.info(keys[0])[0] if keys and name not in self._converted else tuple(param.shape)
+            if shape != tuple(param.shape):
+                raise ModelError(f"{name}: got shape {shape}, config.json needs {tuple(param.shape)}; the two do not "
+                                 "belong together, download them again")
 
     # -- loading -------------------------------------------------------------------------------------------------
 
@@ -368,7 +391,7 @@ class Block:
         """A copy of the module as it is now (before anything is installed)."""
         return copy.deepcopy(self.module)
 
-    def _watch(self, module: nn.Module) -> dict[int, str]:
+    def _watched(self, module: nn.Module) -> dict[int, str]:
         out = {}
         for t in self.targets:
             owner = module.get_submodule(t.module_path[len(self.name) + 1 :]) if t.module_path != self.name else module
@@ -392,8 +415,7 @@ class Block:
                 if name not in group:
                     group.append(name)
 
-            with InputTap(self._watch(self.module), see, hidden.shape[0] * hidden.shape[1]):
-                self.run(hidden, call)
+            self.watch(hidden, call, see)
             seen = {n for g in groups.values() for n in g}
             unseen = [t.name for t in self.targets if t.name not in seen]
             for t in self.targets:
@@ -402,36 +424,7 @@ class Block:
             self._groups = [*groups.values(), *([n] for n in unseen)]
         return self._groups
 
-    def observe(
-        self, hidden: Tensor, call: Call, want: dict[str, Gram], *, skip: int = 0,
-        module: nn.Module | None = None, into: dict[str, Tensor] | None = None,
-        reference: dict[str, Tensor] | None = None, stop_early: bool = False,
-    ) -> Tensor | None:
-        """Run once and add each wanted target's input to its sum; returns the output, or None when stopped early.
-
-        Args:
-            want: target name -> sum.
-            skip: leading positions of each row to leave out of the sums (attention sinks).
-            into: if given, inputs are stored there instead of summed.
-            reference: inputs of the same targets in the original model, for the cross sums.
-        """
-        batch, length = hidden.shape[:2]
-        left = set(want)
-
-        def see(name: str, x: Tensor, tokens: Tensor) -> None:
-            if name not in want:
-                return
-            x = x.reshape(-1, x.shape[-1])
-            if skip:
-                x = x[(tokens % length) >= skip]
-            if into is not None:
-                into[name] = x
-            else:
-                want[name].add(x, None if reference is None else reference.get(name))
-            left.discard(name)
-            if stop_early and not left:
-                raise _Seen
-
-        with InputTap(self._watch(module or self.module), see, batch * length), suppress(_Seen):
+    def watch(self, hidden: Tensor, call: Call, on_input: OnInput, module: nn.Module | None = None) -> Tensor:
+        """The block's output, with ``on_input(name, x, tokens)`` called for every target before it multiplies ``x``."""
+        with InputTap(self._watched(module or self.module), on_input, hidden.shape[0] * hidden.shape[1]):
             return self.run(hidden, call, module)
-        return None

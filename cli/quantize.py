@@ -70,7 +70,7 @@ def quantize(
     batch: Annotated[str | None, typer.Option("--batch", metavar="N", help=_LATER)] = None,
     formats: Annotated[str | None, typer.Option("--formats", metavar="A,B", help=_LATER)] = None,
     plan: Annotated[str | None, typer.Option("--plan", metavar="FILE", help=_LATER)] = None,
-    target: Annotated[str, typer.Option("--target", metavar="T", help="fewbits; others are not built yet.")] = "fewbits",
+    target: Annotated[str, typer.Option("--target", metavar="T", help="Engine: fewbits; others later.")] = "fewbits",
     effort: Annotated[str | None, typer.Option("--effort", metavar="E", help=_LATER)] = None,
     json: JsonOption = None,
 ) -> None:

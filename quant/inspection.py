@@ -60,7 +60,8 @@ def inspect(directory: str | Path) -> Inspection:
     """
     path = Path(directory)
     if not (path / INDEX).is_file():
-        what = "an unfinished run (quantize --resume continues it)" if (path / ".fewbits").is_dir() else "no fewbits index"
+        unfinished = (path / ".fewbits").is_dir()
+        what = "an unfinished run (quantize --resume continues it)" if unfinished else "no fewbits index"
         raise CheckpointError(f"{path}: holds {what}; name a directory that fewbits quantize has written")
     index, plan = read_json(path / INDEX), read_json(path / "plan.json")
     lock = read_json(path / "fewbits.lock")
@@ -80,7 +81,9 @@ def inspect(directory: str | Path) -> Inspection:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: plan.json is not what fewbits writes ({error}); quantize again") from error
     if planned != stored:
-        raise CheckpointError(f"{path}: plan.json accounts for {planned} bytes, the shards hold {stored}; quantize again")
+        raise CheckpointError(
+            f"{path}: plan.json accounts for {planned} bytes, the shards hold {stored}; quantize again"
+        )
     return Inspection(per_weight, total, sum((path / n).stat().st_size for n in files), tensors, lock)
 
 

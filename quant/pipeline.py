@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,11 @@ from fewbits.calibration.collect import Collector, require_consistent
 from fewbits.calibration.data import CalibrationSet, load_calibration
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.eval.models import choose_device
+from fewbits.eval.speed import peak_rss_bytes
+from fewbits.eval.text import context_length
 from fewbits.quant.checkpoint import CheckpointWriter
-from fewbits.quant.errors import CalibrationError, QualityGateError
+from fewbits.quant.errors import CalibrationError, CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
 from fewbits.quant.quantizers.rtn import RTN
@@ -147,7 +149,8 @@ def quantize(
     require_dense(source)
     quantizer = recipe.make_quantizer()
     require_consistent(recipe)
-    streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=torch.device(device))
+    _check_arguments(source, Path(out), seed, max_kl)
+    streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=choose_device(device))
     assignment = assign(recipe, streamed)
 
     text, held_out = _calibration(recipe, quantizer, streamed, seed, gate=max_kl is not None)
@@ -165,8 +168,9 @@ def quantize(
             collector = Collector(
                 streamed, recipe, assignment.formats, text if quantizer.needs_stats else None, stored
             )
-        _quantize_blocks(job, collector, progress)
-        _write_rest(job, collector)
+        with contextlib.closing(collector):
+            _quantize_blocks(job, collector, progress)
+            _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
         if stored:
             stored.finish()
@@ -185,8 +189,17 @@ def quantize(
     finally:  # a missed gate reports what the run cost too
         report.seconds = time.monotonic() - started
         report.cpu_seconds = time.process_time() - cpu_started
-        report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        report.peak_rss_bytes = peak_rss_bytes()
     return report
+
+
+def _check_arguments(source: Source, out: Path, seed: int, max_kl: float | None) -> None:
+    if out.resolve() == source.path:
+        raise CheckpointError(f"{out}: is the model itself, which is never written to; choose another output")
+    if not -(2**62) <= seed < 2**62:
+        raise RecipeError(f"--seed: got {seed}, needed an integer of at most 62 bits")
+    if max_kl is not None and not max_kl >= 0:  # NaN would let everything pass
+        raise RecipeError(f"--max-kl: got {max_kl}, needed a number of nats per token, 0 or more")
 
 
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
@@ -270,8 +283,20 @@ def _calibration(
     from fewbits.serving.transformers import load, load_tokenizer
 
     source = streamed.source
-    tokenizer = load_tokenizer(source.path)
+    try:
+        tokenizer = load_tokenizer(source.path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{source.name}: has no usable tokenizer, which calibration needs ({reason}); put the model's tokenizer "
+            "files beside its weights, or use a recipe without calibration, such as rtn"
+        ) from error
     want = recipe.calibration
+    context = context_length(streamed.model)
+    if context is not None and want.seqlen > context:
+        raise CalibrationError(
+            f"calibration.seqlen: got {want.seqlen}, the model's context is {context} tokens; choose at most {context}"
+        )
 
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)

@@ -11,10 +11,10 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tomli_w
@@ -43,7 +43,9 @@ class Integers(_Table):
     """Which integer format weights get."""
 
     bits: int = Field(4, ge=1, le=8)
-    group_size: int | Literal["auto", "row"] = Field("auto", description="auto: largest power of two dividing K <= 128")
+    group_size: Annotated[int, Field(ge=1)] | Literal["auto", "row"] = Field(
+        "auto", description="auto: largest power of two dividing K <= 128"
+    )
     symmetric: bool = False
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
@@ -68,7 +70,7 @@ class Calibration(_Table):
     inputs: Literal["quantized", "original"] = Field(
         "quantized", description="statistics of the inputs that the quantized blocks before this one produce, or not"
     )
-    true_sequential: bool = Field(False, description="quantize q/k/v, then o, then gate/up, then down, one after another")
+    true_sequential: bool = Field(False, description="q/k/v, then o, then gate/up, then down, one after another")
     skip_tokens: int = Field(0, ge=0, description="leading tokens of each row left out of statistics (attention sinks)")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the calibration forward pass")
 
@@ -112,7 +114,8 @@ class Recipe(_Table):
                 raise RecipeError(f"quantizer.{key}: {name} has no such option; {nearest(key, known)}")
         try:
             adapter: pydantic.TypeAdapter[Quantizer] = pydantic.TypeAdapter(cls)
-            made = adapter.validate_python(options)
+            # as JSON, because strict Python input would have to be an instance already
+            made = adapter.validate_json(json.dumps(options, default=str), strict=True)
         except pydantic.ValidationError as error:
             raise _readable(error, "quantizer.") from error
         return made
@@ -203,7 +206,8 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _readable(error, "") from error
-    recipe.make_quantizer()
+    options = asdict(recipe.make_quantizer())  # type: ignore[call-overload]
+    recipe = recipe.model_copy(update={"quantizer": {"name": recipe.quantizer["name"], **options}})
     for rule in recipe.rules:
         if rule.format != "keep":
             parse_format(rule.format)
@@ -235,6 +239,10 @@ def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str
             raise RecipeError(f"{prefix}{key}: unknown recipe key; {nearest(key, list(model.model_fields))}")
         if model is Recipe and key in tables and isinstance(value, Mapping):
             _reject_unknown(value, tables[key], f"{key}.")
+        if model is Recipe and key == "rules" and isinstance(value, list):
+            for i, rule in enumerate(value):
+                if isinstance(rule, Mapping):
+                    _reject_unknown(rule, Rule, f"rules.{i}.")
 
 
 def _readable(error: pydantic.ValidationError, prefix: str) -> RecipeError:

@@ -135,7 +135,9 @@ class QuantizedTensor:
         """Inverse of :meth:`pack`. Raises FormatError when the tensors do not fit the layout."""
         if "weight_shape" not in tensors:
             raise FormatError("weight_shape: missing; the checkpoint is incomplete, quantize again")
-        rows, columns = (int(n) for n in tensors["weight_shape"])
+        if (shape := tensors["weight_shape"]).shape != (2,) or shape.is_floating_point() or int(shape.min()) < 0:
+            raise FormatError(f"weight_shape: got {shape.tolist()}, needed two sizes (N, K)")
+        rows, columns = (int(n) for n in shape)
         if sum(n for _, n in layout) != columns:
             raise FormatError(f"weight_shape: got {columns} columns, the layout needs {sum(n for _, n in layout)}")
         segments = []

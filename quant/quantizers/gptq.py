@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
@@ -44,12 +46,12 @@ class GPTQ:
         block_size: columns per lazy update. Speed only.
     """
 
-    damp: float = 0.01
+    damp: Annotated[float, Field(ge=0)] = 0.01
     act_order: bool = True
     clip: Clip = "search"
-    qep: float = 0.0
-    qep_damp: float = 1.0
-    block_size: int = 128
+    qep: Annotated[float, Field(ge=0, le=1)] = 0.0
+    qep_damp: Annotated[float, Field(ge=0)] = 1.0
+    block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True
 
@@ -65,7 +67,7 @@ class GPTQ:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
         importance = stats.xtx.diagonal() / stats.n_tokens
         dead = importance <= 0
-        importance = importance.masked_fill(dead, 1)
+        importance = _revived(importance)
         weight = weight.masked_fill(dead, 0)
         facts: dict[str, float] = {}
 
@@ -117,7 +119,7 @@ class GPTQ:
         cross = stats.cross / stats.n_tokens
         hessian = stats.hessian
         dead = hessian.diagonal() <= 0
-        hessian.diagonal()[dead] = 1
+        hessian.diagonal().copy_(_revived(hessian.diagonal()))
         hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
         shift = torch.linalg.solve(hessian, weight @ cross, left=False)
         target = (weight + self.qep * shift).masked_fill(dead, 0)
@@ -128,7 +130,7 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
     """Factor the damped Hessian, columns in ``order``: ``R R^T = H + damp mean(diag H) I``, R upper triangular.
 
     Returns R with both axes reversed (a lower triangular matrix), which is how a Cholesky factor of the reversed
-    matrix comes, and the damping that it took. A dead input (zero diagonal) gets a diagonal of 1.
+    matrix comes, and the damping that it took. A dead input (zero diagonal) gets the mean of the others.
 
     In exact arithmetic no ``R_jj^2`` can fall below the damping; when one does (or is not finite) the factor is
     redone in float64, and then with sqrt(10) times the damping, logged each time.
@@ -136,8 +138,7 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
     Raises:
         FewbitsError: the Hessian is not finite, or no damping up to 10 makes it positive definite.
     """
-    diagonal = xtx.diagonal() / n_tokens
-    diagonal = torch.where(diagonal <= 0, 1.0, diagonal)
+    diagonal = _revived(xtx.diagonal() / n_tokens)
     mean = float(diagonal.mean())
     if not bool(torch.isfinite(xtx.sum())):
         raise FewbitsError("hessian: got NaN or Inf in the calibration statistics; check the model and the text")
@@ -157,6 +158,12 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
                 return lower.float(), damp
         damp = max(damp, 1e-6) * _DAMP_STEP
     raise FewbitsError(f"hessian: not positive definite even with damping {_MAX_DAMP}; check the calibration text")
+
+
+def _revived(diagonal: Tensor) -> Tensor:
+    """The diagonal of a Hessian, where dead inputs get the mean of the others: it leaves the damping as it is."""
+    dead = diagonal <= 0
+    return diagonal.masked_fill(dead, 1.0 if bool(dead.all()) else float(diagonal[~dead].mean()))
 
 
 def _permuted(matrix: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,12 @@ def per_column(tensor: QuantizedTensor) -> list[tuple[IntFormat, dict[str, Tenso
     return out
 
 
+def factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """R of ``H + damp mean(diag H) I = R R^T``, and the damping that it took."""
+    lower, damp = reverse_cholesky(hessian, 1, torch.arange(len(hessian)), damp)
+    return lower.flip(0, 1), damp
+
+
 def brain_surgeon(weight: Tensor, stats: LayerStats, tensor: QuantizedTensor, damp: float, act_order: bool) -> Tensor:
     """Codes by the push form with an explicit inverse at every step, float64, on the groups of ``tensor``."""
     hessian = stats.xtx.double() / stats.n_tokens
@@ -101,7 +107,7 @@ def test_what_is_rounded_is_rounded_to_nearest() -> None:
     """With E = W - Q and A = R / diag(R), (E A)_k is what was lost at column k: half a step, unless codes ended."""
     weight, stats = weights(64, 96), stats_of(inputs(400, 96))
     tensor, _ = GPTQ(act_order=False).quantize(weight, stats, [(IntFormat(4, 32), 96)])
-    factor, _ = reverse_cholesky(stats.hessian, 0.01)
+    factor, _ = factored(stats.hessian, 0.01)
     lost = (weight - tensor.dequantize()) @ (factor / factor.diagonal())
     scale = tensor.segments[0].params["scale"].float().repeat_interleave(32, dim=1)
     codes = codes_of(tensor)
@@ -144,25 +150,20 @@ def test_diagonal_hessian_is_round_to_nearest(act_order: bool, clip: str) -> Non
     assert torch.equal(ours.dequantize(), plain.dequantize())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_weights_on_the_grid_come_back(bits: int, symmetric: bool) -> None:
+def test_weights_on_the_grid_come_back(bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 1 << bits, (8, 4, 16), generator=generator)
     codes[..., 0], codes[..., 1] = 0, (1 << bits) - 1  # the ends, so that the range gives the scale away
-    zero = torch.full((8, 4, 1), 1 << (bits - 1)) if symmetric else torch.randint(0, 1 << bits, (8, 4, 1),
-                                                                                 generator=generator)
-    scale = 2.0 ** torch.randint(-8, 0, (8, 4, 1), generator=generator)
-    if symmetric:  # the scale of a symmetric group is its largest weight over 2^(b-1) - 1/2: not a value of the grid
-        scale = scale * (2 ** (bits - 1) - 0.5)
-    weight = (scale * (codes - zero)).view(8, 64)
+    zero = torch.randint(0, 1 << bits, (8, 4), generator=generator)
+    scale = 2.0 ** torch.randint(-8, 0, (8, 4), generator=generator)
+    if symmetric:  # the range of a symmetric group is not a value of its grid: scales must be given
+        zero = torch.full((8, 4), 1 << (bits - 1))
+        monkeypatch.setattr(IntFormat, "fit", lambda *args: {"scale": scale})
+    weight = (scale[..., None] * (codes - zero[..., None])).view(8, 64)
     stats = stats_of(inputs(200, 64))
-    fmt = IntFormat(bits, 16, symmetric, torch.float32)
-    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, [(fmt, 64)])
-    if symmetric:
-        again, _ = GPTQ(clip="minmax").quantize(tensor.dequantize(), stats, [(fmt, 64)])
-        assert again.segments[0].params["scale"].dtype == torch.float32
-        return
+    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, [(IntFormat(bits, 16, symmetric, torch.float32), 64)])
     assert torch.equal(codes_of(tensor), codes.view(8, 64).to(torch.uint8))
     assert torch.equal(tensor.dequantize(), weight)
     assert loss(weight, tensor, stats) == 0
@@ -213,7 +214,7 @@ def test_exhaustive_search_is_never_beaten_and_hardly_better() -> None:
         plain, _ = RTN("minmax").quantize(weight, stats, layout)
         fmt, params = per_column(tensor)[0]
         every = torch.tensor(list(itertools.product(range(4), repeat=columns)), dtype=torch.uint8)
-        factor, _ = reverse_cholesky(stats.hessian, 0.01)
+        factor, _ = factored(stats.hessian, 0.01)
 
         def objective(values: Tensor, weight: Tensor = weight, factor: Tensor = factor) -> Tensor:
             return ((weight - values) @ factor).double().square().sum(-1)
@@ -269,7 +270,7 @@ def test_singular_hessian_without_damping_escalates(caplog: pytest.LogCaptureFix
 
 def test_reverse_cholesky() -> None:
     hessian = stats_of(inputs(200, 48)).hessian
-    factor, damp = reverse_cholesky(hessian, 0.01)
+    factor, damp = factored(hessian, 0.01)
     damping = 0.01 * float(hessian.diagonal().mean())
     damped = hessian + damping * torch.eye(48)
     assert damp == 0.01 and torch.equal(factor, factor.triu())
@@ -283,11 +284,13 @@ def test_reverse_cholesky() -> None:
     assert float(curvature[0]) == pytest.approx(1 / float(inverse[0, 0]), rel=1e-3)
 
 
-def test_reverse_cholesky_leaves_its_input_alone() -> None:
-    hessian = stats_of(inputs(100, 16)).hessian
-    before = hessian.clone()
-    reverse_cholesky(hessian, 0.1)
-    assert torch.equal(hessian, before)
+def test_reverse_cholesky_in_another_order_leaves_its_input_alone() -> None:
+    stats, order = stats_of(inputs(100, 16)), torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    before = stats.xtx.clone()
+    lower, _ = reverse_cholesky(stats.xtx, 100, order, 0.1)
+    assert torch.equal(stats.xtx, before)
+    expected, _ = factored(stats.hessian[order][:, order], 0.1)  # the order of columns, and sums instead of means
+    torch.testing.assert_close(lower.flip(0, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ill_conditioned_hessian_is_factored_with_the_damping_asked_for() -> None:
@@ -297,7 +300,7 @@ def test_ill_conditioned_hessian_is_factored_with_the_damping_asked_for() -> Non
     values = torch.ones(64, dtype=torch.float64)
     values[0] = 1e9
     hessian = (basis * values) @ basis.T
-    factor, damp = reverse_cholesky(hessian.double(), 1e-8)
+    factor, damp = factored(hessian, 1e-8)
     assert damp == 1e-8
     damped = hessian + 1e-8 * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     torch.testing.assert_close(factor.double() @ factor.double().T, damped, rtol=1e-5, atol=1e3)
@@ -309,7 +312,7 @@ def test_indefinite_hessian_escalates_and_says_so(caplog: pytest.LogCaptureFixtu
     values[3] = -0.05
     hessian = (basis * values) @ basis.T
     with caplog.at_level(logging.WARNING):
-        factor, damp = reverse_cholesky(hessian, 0.01)
+        factor, damp = factored(hessian, 0.01)
     assert damp == pytest.approx(0.1)
     assert "damping raised from 0.01 to 0.1" in caplog.text
     damped = hessian + damp * hessian.diagonal().mean() * torch.eye(16)
@@ -379,11 +382,9 @@ def test_qep_without_a_difference_changes_nothing() -> None:
 def test_qep_target_turns_the_asymmetric_objective_into_the_usual_one() -> None:
     """||Q X - W X~||^2 = ||(Q - W*) X||^2 + what no Q can change (least squares leaves an orthogonal residual)."""
     weight = weights(6, 48)
-    x, original, stats = (v.double() if isinstance(v, Tensor) else v for v in paired())
-    stats = LayerStats(stats.xtx.double(), stats.n_tokens, stats.cross.double())
-    target, shift = GPTQ(qep=1, qep_damp=0)._match_original_outputs(
-        weight.double(), stats, torch.zeros(48, dtype=torch.bool)
-    )
+    x, original = (v.double() for v in paired()[:2])
+    stats = LayerStats(x.T @ x, len(x), (original - x).T @ x)
+    target, shift = GPTQ(qep=1, qep_damp=0)._match_original_outputs(weight.double(), stats)
     expected = torch.linalg.lstsq(x, original @ weight.double().T).solution.T
     torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-6)
     assert shift == pytest.approx(float((target - weight).norm() / weight.norm()), rel=1e-5)

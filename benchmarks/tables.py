@@ -1,0 +1,91 @@
+"""Writes docs/results.md from what the other benchmarks left in results/. Numbers are never typed by hand.
+
+    python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import protocol
+
+Row = dict[str, Any]
+
+
+def _quality(rows: list[Row]) -> str:
+    return _table(
+        ["recipe", "bits", "stored bits per weight", "over all", "perplexity", "KL to the original", "top-1", "CPU s"],
+        [[r["recipe"], r["bits"], f"{r['bits_per_weight']:.3f}", f"{r['bits_per_weight_total']:.2f}",
+          f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+          f"{100 * r['top1_agreement']:.1f} %", f"{r['cpu_seconds']:.0f}"] for r in rows],
+    ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
+
+
+def _speed(rows: list[Row]) -> str:
+    return _table(
+        ["toolkit", "bits", "CPU s", "wall s", "perplexity", "KL to the original", "peak memory"],
+        [[r["toolkit"], r["bits"], f"{r['cpu_seconds']:.0f}", f"{r['seconds']:.0f}", f"{r['perplexity']:.2f}",
+          f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}", f"{r['peak_rss_bytes'] / 1e9:.2f} GB"] for r in rows],
+    )
+
+
+def _memory(rows: list[Row]) -> str:
+    return _table(
+        ["layers", "checkpoint", "peak beyond the interpreter", "share of the checkpoint", "wall s"],
+        [[r["layers"], f"{r['checkpoint_bytes'] / 1e9:.2f} GB", f"{(r['peak'] - r['before']) / 1e9:.3f} GB",
+          f"{r['share']:.3f}", f"{r['seconds']:.0f}"] for r in rows],
+    )
+
+
+def _decode(rows: list[Row]) -> str:
+    return _table(
+        ["model", "decode tokens/s", "least to most", "prefill tokens/s"],
+        [[r["model"], f"{r['decode_tokens_per_s']:.1f}", f"{r['decode_min']:.1f} to {r['decode_max']:.1f}",
+          f"{r['prefill_tokens_per_s']:.0f}"] for r in rows],
+    )
+
+
+SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
+    "quality": (
+        "Quality",
+        "SmolLM2-135M-Instruct, linears of the decoder blocks, group 64, asymmetric. Calibration: the first 128 x 512 "
+        "tokens of WikiText-2 valid. Perplexity on 40 windows of 1024 tokens of WikiText-2 test, KL (nats per token) on "
+        "the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
+    "speed": (
+        "Time to quantize",
+        "Calibration and quantization, one after the other on the same rows with the same threads; CPU seconds are user "
+        "and system time of all threads. `python -m benchmarks.speed`", _speed),
+    "memory": (
+        "Memory to quantize",
+        "Synthetic Llama checkpoints of random bfloat16 weights, 44 M parameters a layer. `python -m benchmarks.memory`",
+        _memory),
+    "decode": (
+        "Decode on the CPU",
+        "SmolLM2-135M-Instruct at batch 1, greedy, in turns in one run. `python -m benchmarks.decode`", _decode),
+}
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    parts = ["# Results\n", "Written by `python -m benchmarks.tables` from the runs named under each table.\n"]
+    for name, (title, text, render) in SECTIONS.items():
+        path = protocol.RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        about = record["provenance"]
+        parts.append(f"## {title}\n\n{text}\n")
+        parts.append(render(record["rows"]))
+        parts.append(f"Commit {about['commit']}, {about['cpu']}, {about['threads']} threads, Python {about['python']}, "
+                     f"torch {about['torch']}, transformers {about['transformers']}, seed 0.\n")
+    (protocol.ROOT / "docs" / "results.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
