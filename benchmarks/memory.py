@@ -18,7 +18,7 @@ from benchmarks import protocol
 
 _CHILD = """
 import json, sys
-import torch, transformers, accelerate, scipy
+import torch, transformers, accelerate
 import fewbits
 from fewbits.quant.pipeline import quantize
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -68,7 +67,8 @@ class Collector:
     ) -> None:
         require_consistent(recipe)
         self.streamed, self.settings, self.wanted = streamed, recipe.calibration, set(wanted)
-        self.warnings: list[str] = []
+        self._seen: list[tuple[Target, int]] = []
+        self._tokens = 0 if text is None else text.n_tokens
         self._stored = stored
         self._qep = float(recipe.quantizer.get("qep", 0)) > 0
         self._sequential = self.settings.inputs == "quantized"
@@ -94,15 +94,17 @@ class Collector:
         if self.runs:
             groups = block.shared_inputs(self._hidden[0], self._call(0, block))
         elif self._stored:
-            groups = self._stored.groups(block.index)
+            groups = self._stored.groups(block.index, self.wanted & {t.name for t in block.targets})
         else:
             groups = [[t.name] for t in block.targets]
         groups = [g for g in groups if self.wanted & set(g)]
         if not self.settings.true_sequential:
             return [groups] if groups else []
         steps: dict[str, list[list[str]]] = {}
+        experts = {t.name for t in block.targets if t.kind == "expert"}
         for group in groups:  # the experts of a layer go together
-            steps.setdefault(re.sub(r"\.\d+$", "", group[0][len(block.name) :]), []).append(group)
+            first = group[0]
+            steps.setdefault(first.rpartition(".")[0] if first in experts else first, []).append(group)
         return list(steps.values())
 
     # -- statistics ------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class Collector:
             stats = self._stored.read(block.index)
         else:
             return {}
-        self._lint(kinds, stats)
+        self._seen += [(kinds[name], s.n_tokens) for name, s in stats.items()]
         return _pool_starved(stats, kinds)
 
     def _gather(self, block: Block, step: list[list[str]], grams: dict[str, Gram]) -> None:
@@ -197,14 +199,14 @@ class Collector:
                     self._hidden[i] = out
                     self._moved = block.index
 
-    def _lint(self, kinds: Mapping[str, Target], stats: Mapping[str, LayerStats]) -> None:
-        experts = {n: s.n_tokens for n, s in stats.items() if kinds[n].kind == "expert"}
-        for n, s in stats.items():
-            if n not in experts:
-                self.warnings += lint_tokens(s.n_tokens, {n: kinds[n].shape[1]})
-        if experts:
-            widths = {n: kinds[n].shape[1] for n in experts}
-            self.warnings += lint_experts(experts, sum(experts.values()), widths=widths)
+    @property
+    def warnings(self) -> list[str]:
+        """What the lint finds in the statistics gathered so far: too few tokens, starved experts by name."""
+        plain = {t.name: t.shape[1] for t, _ in self._seen if t.kind != "expert"}
+        experts = {t.name: n for t, n in self._seen if t.kind == "expert"}
+        widths = {t.name: t.shape[1] for t, _ in self._seen}
+        fewest = min((n for t, n in self._seen if t.kind != "expert"), default=0)
+        return lint_tokens(fewest, plain) + lint_experts(experts, self._tokens, widths=widths)
 
     # -- moving on -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ by their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ from torch.overrides import TorchFunctionMode
 from fewbits.quant.types import LayerStats
 
 _BLOCKS = 4
+_MASSIVE = 8.0  # a token whose input is this many times longer than the median
 
 
 class Gram:
-    """Running sum of ``x^T x`` for inputs ``x (T, K)``: float32, upper block triangle only until read."""
+    """Running sum of ``x^T x`` for inputs ``x (T, K)``: float32, upper block triangle only until read.
+
+    Inputs in bfloat16 are multiplied in bfloat16, which processors do at least twice as fast. Each product is then
+    rounded once, and the products are summed in float32. The few tokens of massive activations (attention sinks) are
+    multiplied in float32 all the same: rounding their products alone could make the sum indefinite.
+    """
 
     def __init__(self, columns: int, device: torch.device, *, cross: bool = False) -> None:
         self.xtx = torch.zeros(columns, columns, device=device)
@@ -31,20 +38,35 @@ class Gram:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add tokens ``x (T, K)``; ``original`` is the same tokens' input in the original model (for ``cross``)."""
-        x32 = x.float()
-        edges = self._edges
-        for i in range(len(edges) - 1):  # x^T x is symmetric: 10 of 16 blocks are enough
-            rows = slice(edges[i], edges[i + 1])
-            self.xtx[rows, edges[i] :].addmm_(x32[:, rows].T, x32[:, edges[i] :])
+        if x.dtype == torch.float32:
+            return self._add(x, original)
+        if x.dtype == torch.float16:  # its products overflow
+            return self._add(x.float(), original)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+        massive = norms > _MASSIVE * norms.median()
+        self._add(x[massive].float(), None if original is None else original[massive])
+        self._add(x[~massive], None if original is None else original[~massive])
+
+    def _add(self, x: Tensor, original: Tensor | None) -> None:
+        for start, end in itertools.pairwise(self._edges):  # x^T x is symmetric: 10 of 16 blocks are enough
+            _add_product(self.xtx[start:end, start:], x[:, start:end], x[:, start:])
         if self.cross is not None:
             assert original is not None
-            self.cross.addmm_((original.float() - x32).T, x32)
+            _add_product(self.cross, (original.float() - x.float()).to(x.dtype), x)
         self.n_tokens += x.shape[0]
 
     def stats(self) -> LayerStats:
         """The sums so far, mirrored to a full symmetric matrix."""
         full = self.xtx.triu()
         return LayerStats(full + full.triu(1).T, self.n_tokens, self.cross)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``, in place."""
+    if a.dtype == torch.float32:
+        total.addmm_(a.T, b)
+    else:
+        total.add_(a.T @ b)
 
 
 OnInput = Callable[[str, Tensor, Tensor], None]
@@ -55,14 +77,18 @@ class InputTap(TorchFunctionMode):
 
     Weights are told apart by where their data lies, so it does not matter who calls: nn.Linear, GPT-2's Conv1D
     (addmm), or fused experts that index a 3-D parameter. ``tokens`` are the positions, in the flattened batch, of the
-    rows of ``x``: experts see only the tokens that were routed to them, gathered by an integer index.
+    rows of ``x``: those named in ``routed`` (experts) see only the tokens that were routed to them, gathered by an
+    integer index. Where those are all tokens, the index still says in which order.
     """
 
-    def __init__(self, watched: Mapping[int, str], on_input: OnInput, n_tokens: int) -> None:
+    def __init__(
+        self, watched: Mapping[int, str], on_input: OnInput, n_tokens: int, *, routed: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self._watched = watched
         self._on_input = on_input
         self._all = torch.arange(n_tokens)
+        self._experts = routed
         self._routed: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,12 +103,11 @@ class InputTap(TorchFunctionMode):
     def _see(self, x: Tensor, weight: Tensor) -> None:
         if (name := self._watched.get(weight.data_ptr())) is None:
             return
+        routed = name in self._experts and self._routed is not None
+        tokens = self._routed if routed else self._all
         rows = x.numel() // x.shape[-1]
-        if rows == len(self._all):
-            self._on_input(name, x, self._all)
-        else:
-            assert self._routed is not None and len(self._routed) == rows, f"{name}: cannot tell which tokens it sees"
-            self._on_input(name, x, self._routed)
+        assert tokens is not None and len(tokens) == rows, f"{name}: cannot tell which tokens it sees"
+        self._on_input(name, x, tokens)
 
 
 def _is_gather(index: Any) -> bool:

@@ -7,7 +7,7 @@ on the recipe and cannot be shared.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,15 @@ class StoredStats:
                                           "repeat its model and calibration options, or choose another directory")
             self._groups = groups
 
-    def groups(self, index: int) -> list[list[str]]:
-        """Targets of block ``index`` grouped by the input that they share."""
-        return self._groups[str(index)]
+    def groups(self, index: int, wanted: Collection[str]) -> list[list[str]]:
+        """Targets of block ``index`` grouped by the input that they share.
+
+        Raises CheckpointError when one of ``wanted`` is not among them.
+        """
+        groups = self._groups.get(str(index), [])
+        if missing := sorted(set(wanted) - {n for g in groups for n in g}):
+            raise self._lacking(missing[0])
+        return groups
 
     def read(self, index: int) -> dict[str, LayerStats]:
         """Statistics of each group of block ``index``, under the name of its first target."""
@@ -61,8 +67,11 @@ class StoredStats:
     def read_head(self, name: str) -> LayerStats:
         """Statistics of the output head. Raises CheckpointError when they were not gathered."""
         if not (self.folder / "head.safetensors").exists():
-            raise CheckpointError(f"{self.folder}: has no statistics of {name}; gather them anew in another directory")
+            raise self._lacking(name)
         return self._read("head.safetensors")[name]
+
+    def _lacking(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: has no statistics of {name}; gather them anew in another directory")
 
     def write(self, index: int, groups: list[list[str]], stats: Mapping[str, LayerStats]) -> None:
         self._groups[str(index)] = groups

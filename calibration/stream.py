@@ -426,5 +426,8 @@ class Block:
 
     def watch(self, hidden: Tensor, call: Call, on_input: OnInput, module: nn.Module | None = None) -> Tensor:
         """The block's output, with ``on_input(name, x, tokens)`` called for every target before it multiplies ``x``."""
-        with InputTap(self._watched(module or self.module), on_input, hidden.shape[0] * hidden.shape[1]):
+        experts = {t.name for t in self.targets if t.kind == "expert"}
+        with InputTap(
+            self._watched(module or self.module), on_input, hidden.shape[0] * hidden.shape[1], routed=experts
+        ):
             return self.run(hidden, call, module)

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -55,15 +55,14 @@ class CheckpointWriter:
         self._work = out / _WORK
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out}: is a file, needed a directory to write to; choose another output")
-        with disk_errors(out):
-            self._claim(dict(run), resume, force)
-            free = shutil.disk_usage(out).free
-        if need_bytes + _SPARE_BYTES > free:
+        self._lock_file: IO[str] | None = None
+        try:
+            with disk_errors(out):
+                self._claim(dict(run), resume, force)
+                self._require_space(need_bytes)
+        except BaseException:
             self.close()
-            raise CheckpointError(
-                f"{out}: got {free / 1e6:.0f} MB free, needed about {(need_bytes + _SPARE_BYTES) / 1e6:.0f} MB; "
-                "free some space or choose another output"
-            )
+            raise
 
     def _claim(self, run: dict[str, Any], resume: bool, force: bool) -> None:
         run = json.loads(json.dumps(run))
@@ -83,8 +82,17 @@ class CheckpointWriter:
         else:
             self._clear()
             write_atomically(marker, json.dumps(run, indent=1, sort_keys=True) + "\n")
-        for leftover in self.out.glob("*.tmp"):
+        for leftover in self.out.glob("fewbits-*.tmp"):
             leftover.unlink()
+
+    def _require_space(self, need_bytes: int) -> None:
+        done = sum(self.path(i).stat().st_size for i in range(self.total) if self.has(i))
+        free, need = shutil.disk_usage(self.out).free, max(need_bytes - done, 0) + _SPARE_BYTES
+        if need > free:
+            raise CheckpointError(
+                f"{self.out}: got {free / 1e6:.0f} MB free, needed about {need / 1e6:.0f} MB; "
+                "free some space or choose another output"
+            )
 
     def _lock(self) -> None:
         self._lock_file = open(self._work / "lock", "w")  # noqa: SIM115 - held until close()
@@ -159,7 +167,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Release the directory; an unfinished run stays resumable."""
-        self._lock_file.close()
+        if self._lock_file is not None:
+            self._lock_file.close()
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
@@ -185,8 +194,12 @@ def _short(value: Any) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it is either absent (or as before) or whole."""
     temp = path.with_name(path.name + ".tmp")
-    temp.write_text(text)
-    _sync_and_rename(temp, path)
+    try:
+        temp.write_text(text)
+        _sync_and_rename(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
 
 
 def _sync_and_rename(temp: Path, path: Path) -> None:

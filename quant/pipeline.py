@@ -143,7 +143,7 @@ def quantize(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress = progress or (lambda what, done, total: None)
     if not isinstance(recipe, Recipe):
-        forced = {"calibration.inputs": "original"} if stats else {}
+        forced = {"calibration.inputs": "original", "calibration.true_sequential": False} if stats else {}
         recipe = load_recipe(recipe, {**(overrides or {}), **forced})
     source = open_source(model)
     require_dense(source)
@@ -185,7 +185,7 @@ def quantize(
     report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
     try:
         if max_kl is not None:
-            _gate(report, source, held_out, max_kl)
+            _gate(report, source, held_out, max_kl, device, progress)
     finally:  # a missed gate reports what the run cost too
         report.seconds = time.monotonic() - started
         report.cpu_seconds = time.process_time() - cpu_started
@@ -329,13 +329,18 @@ def _held_out(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:
     return held[:_HELD_OUT_ROWS]
 
 
-def _gate(report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float) -> None:
+def _gate(
+    report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float, device: str,
+    progress: Progress,
+) -> None:
     """Measure KL to the original on held-out rows. Raises QualityGateError when it exceeds ``max_kl``."""
     from fewbits.eval.divergence import divergence
     from fewbits.serving.transformers import load
 
     assert held_out is not None
-    result = divergence(load(report.output), load(source.path), held_out)
+    result = divergence(
+        load(report.output, device=device), load(source.path, device=device), held_out, progress=progress
+    )
     report.measured = {"kl_mean": result.kl_mean, "kl_stderr": result.kl_stderr}
     if result.kl_mean > max_kl:
         raise QualityGateError(

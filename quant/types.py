@@ -8,6 +8,7 @@ Notation used everywhere: ``N`` out_features (rows), ``K`` in_features (columns)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -150,7 +151,8 @@ class QuantizedTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk: codes, scales, zero points, shape record."""
-        return sum(t.numel() * t.element_size() for t in self.pack().values())
+        stored = [d for s in self.segments for d in s.format.storage(self.shape[0], s.columns).values()]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in [*stored, ((2,), torch.int64)])
 
     @property
     def bits_per_weight(self) -> float:

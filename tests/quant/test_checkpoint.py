@@ -313,7 +313,9 @@ def full_in_rust(given: dict[str, Tensor], path: Path, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("failing", [full, half_written, full_in_rust])
-def test_full_disk_leaves_no_shard_and_can_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any) -> None:
+def test_full_disk_leaves_no_shard_and_can_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+) -> None:
     out = tmp_path / "out"
     w = writer(out)
     write_all(w, range(1))
@@ -387,7 +389,7 @@ def test_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(CheckpointError, match="cannot be written .*choose another output"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*choose another output"):
         writer(tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""GPTQ against slow oracles: explicit optimal brain quantization, exhaustive search, and the algebra that it rests on."""
+"""GPTQ against slow oracles: explicit optimal brain quantization, exhaustive search, and the algebra beneath."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Stored codes are decoded here with numpy, from the description of the layout and
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,7 @@ from fewbits.calibration.data import load_calibration
 from fewbits.eval.divergence import divergence
 from fewbits.kernels.linear import PackedMatrix
 from fewbits.quant.errors import FormatError, RecipeError
-from fewbits.quant.recipe import parse_recipe
+from fewbits.quant.recipe import parse_recipe, tomllib
 from tests.conftest import FAMILIES, save_tiny_model
 
 torch.set_num_threads(1)
@@ -53,7 +54,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def options(text: Path) -> dict[str, Any]:
     """Overrides that make calibration small."""
-    return {"calibration.sources": [str(text)], "calibration.samples": 8, "calibration.seqlen": 48}
+    return {"calibration.sources": [str(text)], "calibration.samples": 8, "calibration.seqlen": 48,
+            "calibration.true_sequential": False}
 
 
 @pytest.fixture(scope="session")
@@ -218,7 +220,8 @@ def test_rtn_stores_the_nearest_codes(made, tiny):
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         weight, got = source[f"{name}.weight"], quantized(folder)[name]
         scale = tensors[f"{name}.weight_scale"].float()
-        zero = torch.from_numpy(bit_stream(tensors[f"{name}.weight_zero_point"].T.contiguous(), 4, len(weight)).T.copy())
+        packed = tensors[f"{name}.weight_zero_point"].T.contiguous()
+        zero = torch.from_numpy(bit_stream(packed, 4, len(weight)).T.copy())
         values = (torch.arange(16) - zero.unsqueeze(-1)) * scale.unsqueeze(-1)  # (N, G, 16)
         spread = weight.shape[1] // scale.shape[1]
         distance = (weight.unsqueeze(-1) - values.repeat_interleave(spread, 1)).abs()
@@ -301,8 +304,6 @@ def test_other_files_come_along_and_the_source_stays_as_it_was(tmp_path, options
 
 def test_recipe_and_lock_say_how_it_was_made(made, tiny, options):
     folder = made("llama")
-    import tomllib
-
     data = tomllib.loads((folder / "recipe.toml").read_text())
     assert parse_recipe(data).calibration.samples == 8 and data["quantizer"]["name"] == "gptq"
     lock = json.loads((folder / "fewbits.lock").read_text())
@@ -430,7 +431,8 @@ def test_keep(made, tiny):
     assert not [n for n in names if ".0.mlp.experts.gate_up" in n or ".1.self_attn" in n]
     assert [n for n in names if ".1.mlp.experts.gate_up" in n and ".0.self_attn" not in n]
     tensors = stored(folder)
-    assert raw(tensors["model.layers.1.self_attn.o_proj.weight"]) == raw(source["model.layers.1.self_attn.o_proj.weight"])
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert raw(tensors[name]) == raw(source[name])
     fused = AutoModelForCausalLM.from_pretrained(tiny("qwen3-moe")).model.layers[0].mlp.experts.gate_up_proj
     assert raw(tensors["model.layers.0.mlp.experts.gate_up_proj"]) == raw(fused.detach())
     assert_same_model(fewbits.load(folder), dense_model(tiny("qwen3-moe"), folder))
@@ -490,24 +492,31 @@ def inputs_of(model: PreTrainedModel, rows: Tensor, names: list[str]) -> dict[st
     return {n: torch.cat(x) for n, x in seen.items()}
 
 
-@pytest.mark.parametrize("inputs", ["quantized", "original"])
+@pytest.mark.parametrize("inputs", ["quantized", "original", "true_sequential"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "opt", "gpt2"])
 def test_losses_are_those_of_the_whole_model(family, inputs, made, tiny, options):
-    """Streaming block by block sees the inputs that hooks see in the whole model with the blocks before quantized."""
-    folder = made(family, "gptq", {"calibration.inputs": inputs})
+    """Streaming sees what hooks see in the whole model, with what came before quantized as the recipe says."""
+    sequential = inputs == "true_sequential"
+    key = {"calibration.true_sequential": True} if sequential else {"calibration.inputs": inputs}
+    folder = made(family, "gptq", key)
     model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     rows, plan, stored_weights = calibration_rows(tiny(family), options), plan_of(folder), quantized(folder)
     for index in range(2):
-        names = [n for n in stored_weights if re.search(rf"\.{index}\.", n)]
+        names = [n for n in plan if n in stored_weights and re.search(rf"\.{index}\.", n)]  # in the order of the work
         assert len(names) >= 4
-        for name, x in inputs_of(model, rows, names).items():
+        seen = {} if sequential else inputs_of(model, rows, names)
+        for name in names:
+            x = inputs_of(model, rows, [name])[name] if sequential else seen[name]
             module = model.get_submodule(name)
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            error, power = x @ (stored_weights[name] - weight).T, x @ weight.T
+            weight = weight.detach()
+            error = float((x @ (stored_weights[name] - weight).T).square().sum())
+            power = float((x @ weight.T).square().sum())
             assert plan[name]["n_tokens"] == len(x) == 8 * 48
-            assert plan[name]["proxy_loss"] == pytest.approx(float(error.detach().square().sum()) / len(x), rel=2e-3), name
-            assert plan[name]["relative_loss"] == pytest.approx(
-                float(error.square().sum() / power.square().sum()), rel=2e-3), name
+            assert plan[name]["proxy_loss"] == pytest.approx(error / len(x), rel=2e-3), name
+            assert plan[name]["relative_loss"] == pytest.approx(error / power, rel=2e-3), name
+            if sequential:
+                put(model, name, stored_weights[name])
         if inputs == "quantized":
             for name in names:
                 put(model, name, stored_weights[name])
@@ -600,6 +609,18 @@ def test_calibration_on_text_of_the_models_own(tiny, tmp_path):
     assert_same_model(fewbits.load(tmp_path / "out"), dense_model(tiny("llama"), tmp_path / "out"))
 
 
+@pytest.mark.parametrize("family, more", [
+    ("llama", {}), ("opt", {"quantizer.qep": 0.5}), ("gpt2", {"calibration.skip_tokens": 2}),
+    ("gemma", {"lm_head": True}),
+])
+def test_keeping_passes_open_changes_no_byte(family, more, tiny, options, made, tmp_path, monkeypatch):
+    """Sequential calibration in one pass that waits for each linear, or in one pass from the start for each."""
+    more = {**more, "calibration.true_sequential": True}
+    monkeypatch.setattr("fewbits.calibration.collect.PAUSED_LIMIT_BYTES", 0)
+    fewbits.quantize(tiny(family), tmp_path / "out", overrides={**options, **more})
+    assert shards(tmp_path / "out") == shards(made(family, "gptq", more))
+
+
 @pytest.mark.parametrize("knob", ["hidden states on disk", "batch", "block_size"])
 def test_speed_knobs_change_at_most_rounding(knob, tiny, options, made, tmp_path, monkeypatch):
     more: dict[str, Any] = {}
@@ -634,4 +655,4 @@ def test_more_bits_are_better(made, tiny):
     original = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
     errors = [float((logits(fewbits.load(made("llama", "gptq", {"format.bits": b}))) - logits(original)).norm())
               for b in (2, 3, 4, 6, 8)]
-    assert all(a > 1.3 * b for a, b in zip(errors, errors[1:]))
+    assert all(a > 1.3 * b for a, b in itertools.pairwise(errors))

@@ -54,8 +54,7 @@ def job(tiny, text):
 
     def make(variant: str = "gptq", **more: Any) -> tuple[Path, dict[str, Any]]:
         family, recipe, overrides = VARIANTS[variant]
-        small = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32}
-        return tiny(family), {"recipe": recipe, "overrides": {**small, **overrides, **more}}
+        return tiny(family), {"recipe": recipe, "overrides": {**small(text), **overrides, **more}}
 
     return make
 
@@ -74,6 +73,17 @@ def whole(job, tmp_path_factory: pytest.TempPathFactory):
         return done[variant]
 
     return make
+
+
+def flags(text: Path) -> list[str]:
+    """What the variant ``gptq`` is on the command line."""
+    return ["--calib", str(text), "--samples", "4", "--seqlen", "32", "--threads", "1",
+            "--set", "lm_head=true", "calibration.true_sequential=false"]
+
+
+def small(text: Path) -> dict[str, Any]:
+    return {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32,
+            "calibration.true_sequential": False}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -132,16 +142,15 @@ def test_twice_the_same_bytes(variant, job, whole, tmp_path):
 
 def test_the_same_bytes_from_another_process_by_the_command_line(job, whole, text, tmp_path):
     model, _ = job()
-    command = [sys.executable, "-m", "fewbits.cli.main", "quantize", str(model), "-o", str(tmp_path / "out"), "--recipe",
-               "gptq", "--calib", str(text), "--samples", "4", "--seqlen", "32", "--set", "lm_head=true", "--threads",
-               "1"]
+    command = [sys.executable, "-m", "fewbits.cli.main", "quantize", str(model), "-o", str(tmp_path / "out")]
+    command += flags(text)
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     subprocess.run(command, check=True, capture_output=True, env=env, cwd=tmp_path)
     assert_same_files(files(tmp_path / "out"), whole())
 
 
 def test_the_gate_changes_no_byte(tiny, tmp_path, text):
-    overrides = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32}
+    overrides = small(text)
     for recipe in ("rtn", "gptq"):
         for name, gate in (("with", 1e9), ("without", None)):
             out = tmp_path / f"{recipe}-{name}"
@@ -154,7 +163,7 @@ def test_the_gate_changes_no_byte(tiny, tmp_path, text):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
 def test_kept_statistics_give_the_bytes_of_the_run_that_gathered_them(family, tiny, text, tmp_path, monkeypatch):
-    overrides = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32, "lm_head": True}
+    overrides = {**small(text), "lm_head": True}
     stats = tmp_path / "stats"
     fewbits.quantize(tiny(family), tmp_path / "gathered", overrides=overrides, stats=stats)
     fewbits.quantize(tiny(family), tmp_path / "plain", overrides={**overrides, "calibration.inputs": "original"})
@@ -171,7 +180,7 @@ def test_kept_statistics_give_the_bytes_of_the_run_that_gathered_them(family, ti
 @pytest.mark.parametrize("kill", [1, 2, 3])
 @pytest.mark.parametrize("same_folder", [True, False], ids=["same folder", "new folder"])
 def test_statistics_of_a_killed_run_are_whole_after_resuming(kill, same_folder, tiny, text, tmp_path):
-    overrides = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32, "lm_head": True}
+    overrides = {**small(text), "lm_head": True}
     fewbits.quantize(tiny("llama"), tmp_path / "whole", overrides=overrides, stats=tmp_path / "whole-stats")
     out, first = tmp_path / "out", tmp_path / "first"
     assert forked(lambda: fewbits.quantize(tiny("llama"), out, overrides=overrides, stats=first,
@@ -185,7 +194,7 @@ def test_statistics_of_a_killed_run_are_whole_after_resuming(kill, same_folder, 
 
 
 def test_statistics_of_something_else_are_refused(tiny, text, tmp_path):
-    overrides = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32}
+    overrides = small(text)
     stats = tmp_path / "stats"
     fewbits.quantize(tiny("llama"), tmp_path / "out", overrides=overrides, stats=stats)
     for model, more, key in (("llama-tied", {}, "model"), ("llama", {"calibration.samples": 3}, "calibration"),
@@ -203,7 +212,7 @@ def test_statistics_of_something_else_are_refused(tiny, text, tmp_path):
 @pytest.mark.parametrize("damage", ["stats.json cut", "stats.json empty object", "block cut", "block missing",
                                     "a file"])
 def test_damaged_statistics_are_one_clear_error(damage, tiny, text, tmp_path):
-    overrides = {"calibration.sources": [str(text)], "calibration.samples": 4, "calibration.seqlen": 32}
+    overrides = small(text)
     stats = tmp_path / "stats"
     fewbits.quantize(tiny("llama"), tmp_path / "out", overrides=overrides, stats=stats)
     if damage == "a file":
@@ -217,7 +226,7 @@ def test_damaged_statistics_are_one_clear_error(damage, tiny, text, tmp_path):
         block.unlink()
         if "cut" in damage:
             block.write_bytes(data[:-100])
-    with pytest.raises(FewbitsError, match="stats|block-00001"):
+    with pytest.raises(FewbitsError, match=r"stats|block-00001"):
         fewbits.quantize(tiny("llama"), tmp_path / "again", overrides=overrides, stats=stats)
     assert not (tmp_path / "again" / INDEX).exists()
 
@@ -312,7 +321,8 @@ def test_killed_while_overwriting_a_finished_checkpoint(job, whole, tmp_path):
     out = tmp_path / "out"
     fewbits.quantize(model, out, **kwargs)
     model, kwargs = job()
-    assert forked(lambda: fewbits.quantize(model, out, force=True, progress=killed_after(1), **kwargs)) == -signal.SIGKILL
+    code = forked(lambda: fewbits.quantize(model, out, force=True, progress=killed_after(1), **kwargs))
+    assert code == -signal.SIGKILL
     assert_refused(out)
     fewbits.quantize(model, out, resume=True, **kwargs)
     assert_same_files(files(out), whole())
@@ -355,8 +365,7 @@ def unfinished(job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 ], ids=str)
 def test_resuming_with_other_options_is_refused(more, words, job, text, unfinished, capsys):
     before = files(unfinished)
-    base = ["quantize", str(job()[0]), "-o", str(unfinished), "--calib", str(text), "--samples", "4", "--seqlen", "32",
-            "--set", "lm_head=true", "--threads", "1"]
+    base = ["quantize", str(job()[0]), "-o", str(unfinished), *flags(text)]
     try:
         assert main([*base, *more, "--resume"]) == 2
     finally:
@@ -411,8 +420,7 @@ def test_interrupt_from_the_keyboard(job, whole, text, tmp_path):
             "if '--resume' not in sys.argv: checkpoint.CheckpointWriter.write = interrupted\n"
             "from fewbits.cli.main import main\nsys.exit(main(sys.argv[1:]))")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", code, "quantize", str(job()[0]), "-o", str(out), "--calib", str(text), "--samples",
-               "4", "--seqlen", "32", "--set", "lm_head=true", "--threads", "1", "--json"]
+    command = [sys.executable, "-c", code, "quantize", str(job()[0]), "-o", str(out), *flags(text), "--json"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 130, run.stderr
     assert run.stdout == "" and run.stderr == "interrupted; run again with --resume\n"

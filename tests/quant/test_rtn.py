@@ -93,7 +93,8 @@ def test_fit_in_chunks_equals_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     layout = parse_layout("int3_g16[32]+int4_row[32]", 64)
     once = list(fit_layout(weight, importance, layout))
     monkeypatch.setattr(fit, "_CHUNK_WEIGHTS", 64)
-    for (run, params, start), (chunked_run, chunked, chunked_start) in zip(once, fit_layout(weight, importance, layout)):
+    again = fit_layout(weight, importance, layout)
+    for (run, params, start), (chunked_run, chunked, chunked_start) in zip(once, again):
         assert run == chunked_run and start == chunked_start
         assert all(torch.equal(params[k], chunked[k]) for k in params)
         fmt, columns = run
@@ -109,7 +110,7 @@ def test_group_size_that_does_not_divide() -> None:
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_contract(name: str) -> None:
-    """Of every registered quantizer: the layout asked for, deterministic, the input untouched, facts that are floats."""
+    """Every registered quantizer gives the layout asked for, the same codes twice, facts that are floats."""
     quantizer = QUANTIZERS[name]()
     x = torch.randn(200, 32, generator=torch.Generator().manual_seed(3))
     stats = LayerStats(x.T @ x, 200)

@@ -51,7 +51,7 @@ def test_split_rows(name: str) -> None:
 
 
 def test_bits_per_weight_comes_from_bytes() -> None:
-    tensor = quantized("int4_g8")  # 40 codes of 4 bits, 5 scales of 16 bits, ceil(11 * 4 / 32) words of zero points a group
+    tensor = quantized("int4_g8")  # 40 codes of 4 bits and 5 scales a row, 2 words of zero points a group
     assert tensor.stored_bytes == 11 * 20 + 11 * 5 * 2 + 2 * 5 * 4 + 16
     assert tensor.bits_per_weight == 8 * tensor.stored_bytes / 440
 
