@@ -11,9 +11,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from benchmarks import protocol
 
 import fewbits
+from benchmarks import protocol
 from fewbits.eval.speed import decode_speed
 from fewbits.quant.source import open_source
 
@@ -40,8 +40,8 @@ def main() -> None:
             "model": name, "decode_tokens_per_s": statistics.median(decode), "decode_min": min(decode),
             "decode_max": max(decode), "prefill_tokens_per_s": statistics.median(prefill), "rounds": args.rounds,
         })
-        print(f"{name}: decode {rows[-1]['decode_tokens_per_s']:.1f} tokens/s ({min(decode):.1f} to {max(decode):.1f}), "
-              f"prefill {rows[-1]['prefill_tokens_per_s']:.0f}")
+        print(f"{name}: decode {statistics.median(decode):.1f} tokens/s ({min(decode):.1f} to {max(decode):.1f}), "
+              f"prefill {statistics.median(prefill):.0f}")
     protocol.save("decode", rows)
 
 

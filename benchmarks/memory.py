@@ -88,7 +88,7 @@ def main() -> None:
         row["share"] = (row["peak"] - row["before"]) / size
         rows.append(row)
         print(f"{layers} layers, {size / 1e9:.2f} GB: {(row['peak'] - row['before']) / 1e9:.3f} GB beyond the "
-              f"interpreter's {row['before'] / 1e9:.2f} GB, {row['share']:.3f} of the checkpoint, {row['seconds']:.0f} s")
+              f"interpreter's {row['before'] / 1e9:.2f}, {row['share']:.3f} of the checkpoint, {row['seconds']:.0f} s")
     protocol.save("memory", rows)
 
 

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from benchmarks import protocol
-
 import fewbits
+from benchmarks import protocol
 from fewbits.quant.source import open_source
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 
 from benchmarks import protocol
-
 from fewbits.quant.source import open_source
 
 

@@ -51,15 +51,16 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
     "quality": (
         "Quality",
         "SmolLM2-135M-Instruct, linears of the decoder blocks, group 64, asymmetric. Calibration: the first 128 x 512 "
-        "tokens of WikiText-2 valid. Perplexity on 40 windows of 1024 tokens of WikiText-2 test, KL (nats per token) on "
-        "the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
+        "tokens of WikiText-2 valid. Perplexity on 40 windows of 1024 tokens of WikiText-2 test, KL (nats per token) "
+        "on the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
     "speed": (
         "Time to quantize",
-        "Calibration and quantization, one after the other on the same rows with the same threads; CPU seconds are user "
-        "and system time of all threads. `python -m benchmarks.speed`", _speed),
+        "Calibration and quantization, one after the other on the same rows with the same threads; CPU seconds are "
+        "user and system time of all threads. `python -m benchmarks.speed`", _speed),
     "memory": (
         "Memory to quantize",
-        "Synthetic Llama checkpoints of random bfloat16 weights, 44 M parameters a layer. `python -m benchmarks.memory`",
+        "Synthetic Llama checkpoints of random bfloat16 weights, 44 M parameters a layer. "
+        "`python -m benchmarks.memory`",
         _memory),
     "decode": (
         "Decode on the CPU",

@@ -41,11 +41,11 @@ class StoredStats:
         self._groups: dict[str, list[list[str]]] = {}
         if self.complete:
             known = read_json(folder / "stats.json")
-            identity, groups = known.get("identity"), known.get("groups")
-            if not isinstance(identity, dict) or not isinstance(groups, dict):
+            recorded, groups = known.get("identity"), known.get("groups")
+            if not isinstance(recorded, dict) or not isinstance(groups, dict):
                 raise CheckpointError(f"{folder}: stats.json is not what fewbits writes; choose another directory")
             for key, value in self._identity.items():
-                if identity.get(key) != value:
+                if recorded.get(key) != value:
                     raise CheckpointError(f"{folder}: holds statistics of another run ({key} differs); "
                                           "repeat its model and calibration options, or choose another directory")
             self._groups = groups

@@ -182,7 +182,8 @@ class StreamedModel:
 
         tensors = {k: self.source.get(k) for k in keys}
         config = LoadStateDictConfig(
-            device_map={"": str(self.device)}, dtype=self.model.dtype, weight_mapping=self._conversion
+            device_map={"": str(self.device)}, dtype=self.model.dtype,
+            weight_mapping=self._conversion,  # type: ignore[arg-type]  # annotated narrower than what it takes
         )
         bars = tf_logging.is_progress_bar_enabled()
         tf_logging.disable_progress_bar()  # one bar per block would bury ours

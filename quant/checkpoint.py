@@ -221,13 +221,5 @@ def disk_errors(out: Path) -> Iterator[None]:
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error).lower():
             raise CheckpointError(f"{out}: the disk is full; free some space and run again with --resume") from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise CheckpointError(f"{out}: cannot be written ({error.strerror}); choose another output") from error
+            raise CheckpointError(f"{out}: cannot be written ({error}); choose another output") from error
         raise
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors as stored."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-__all__ = ["INDEX", "CheckpointWriter", "disk_errors", "read_shard", "shard_name", "tensor_bytes"]

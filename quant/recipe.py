@@ -233,7 +233,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
-    tables = {"format": Integers, "calibration": Calibration}
+    tables: dict[str, type[BaseModel]] = {"format": Integers, "calibration": Calibration}
     for key, value in data.items():
         if key not in model.model_fields:
             raise RecipeError(f"{prefix}{key}: unknown recipe key; {nearest(key, list(model.model_fields))}")

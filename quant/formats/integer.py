@@ -101,7 +101,7 @@ class IntFormat:
     def _error(self, weight: Tensor, negative: Tensor, importance: Tensor, params: Params, buffer: Tensor) -> Tensor:
         """``sum_j importance_j (w_j - q_j)^2`` per group, in place in ``buffer``: this is where the time goes."""
         scale = params["scale"].float().unsqueeze(-1)
-        zero = self.levels / 2 if self.symmetric else params["zero_point"].float().unsqueeze(-1)
+        zero = torch.full_like(scale, self.levels / 2) if self.symmetric else params["zero_point"].float().unsqueeze(-1)
         torch.div(weight, scale, out=buffer).round_().clamp_(-zero, self.levels - 1 - zero)
         torch.addcmul(negative, buffer, scale, out=buffer)
         return torch.linalg.vecdot(buffer * importance, buffer)

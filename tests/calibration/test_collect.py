@@ -46,7 +46,7 @@ def text(rows: int = 20, *, padded: bool = True, seed: int = 0) -> CalibrationSe
 
 def recipe(**calibration: Any) -> Recipe:
     quantizer = {"name": "gptq", "qep": calibration.pop("qep", 0.0)}
-    return parse_recipe({"quantizer": quantizer, "calibration": calibration})
+    return parse_recipe({"quantizer": quantizer, "calibration": {"true_sequential": False} | calibration})
 
 
 def streamed(path: Path) -> StreamedModel:

@@ -522,6 +522,23 @@ def test_losses_are_those_of_the_whole_model(family, inputs, made, tiny, options
                 put(model, name, stored_weights[name])
 
 
+@pytest.mark.parametrize("skip", [0, 3])
+def test_losses_of_experts_are_over_the_tokens_routed_to_them(skip, made, tiny, options):
+    folder = made("qwen3-moe", "gptq", {"calibration.skip_tokens": skip} if skip else {})
+    model = AutoModelForCausalLM.from_pretrained(tiny("qwen3-moe"), dtype=torch.float32).eval().requires_grad_(False)
+    rows, plan, stored_weights = calibration_rows(tiny("qwen3-moe"), options), plan_of(folder), quantized(folder)
+    mlp = model.model.layers[0].mlp
+    x = inputs_of(model, rows, ["model.layers.0.mlp"])["model.layers.0.mlp"]
+    chosen = (x @ mlp.gate.weight.T).topk(2).indices  # (T, 2) experts of each token
+    counted = torch.arange(len(x)) % 48 >= skip
+    for e, weight in enumerate(mlp.experts.gate_up_proj):
+        name = f"model.layers.0.mlp.experts.gate_up_proj.{e}"
+        routed = x[(chosen == e).any(1) & counted]
+        assert plan[name]["n_tokens"] == len(routed) >= 64
+        loss = float((routed @ (stored_weights[name] - weight).T).square().sum()) / len(routed)
+        assert plan[name]["proxy_loss"] == pytest.approx(loss, rel=2e-3)
+
+
 def shards(folder: Path) -> list[bytes]:
     return [p.read_bytes() for p in sorted(folder.glob("fewbits-*.safetensors"))]
 
@@ -543,7 +560,7 @@ def test_qep_corrects_from_the_second_block_on(made, tiny, options):
 
 def test_qep_brings_outputs_nearer_to_the_original(made, tiny, options):
     """What QEP is for: the second block's first linears reproduce the original outputs better from quantized inputs."""
-    original = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    original = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval().requires_grad_(False)
     names = [f"model.layers.1.self_attn.{n}_proj" for n in "qkv"]
     rows = calibration_rows(tiny("llama"), options)
     wanted = {n: x @ original.get_submodule(n).weight.T for n, x in inputs_of(original, rows, names).items()}
