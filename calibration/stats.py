@@ -24,9 +24,9 @@ _MASSIVE = 8.0  # a token whose input is this many times longer than the median
 class Gram:
     """Running sum of ``x^T x`` for inputs ``x (T, K)``: float32, upper block triangle only until read.
 
-    Inputs in bfloat16 are multiplied in bfloat16, which processors do at least twice as fast. Each product is then
-    rounded once, and the products are summed in float32. The few tokens of massive activations (attention sinks) are
-    multiplied in float32 all the same: rounding their products alone could make the sum indefinite.
+    Inputs in bfloat16 are multiplied in bfloat16, which processors do at least twice as fast. A product is then rounded
+    to bfloat16, relative to its size, which could make the sum indefinite: so what is large and known (the mean, and the
+    few tokens of massive activations) is taken out first and summed in float32.
     """
 
     def __init__(self, columns: int, device: torch.device, *, cross: bool = False) -> None:
@@ -45,7 +45,18 @@ class Gram:
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         massive = norms > _MASSIVE * norms.median()
         self._add(x[massive].float(), None if original is None else original[massive])
-        self._add(x[~massive], None if original is None else original[~massive])
+        self._add_centered(x[~massive], None if original is None else original[~massive])
+
+    def _add_centered(self, x: Tensor, original: Tensor | None) -> None:
+        """``sum x x^T`` with ``x = c + m``: ``sum c c^T`` in the dtype of x, what has the mean m in float32."""
+        mean = x.mean(0, dtype=torch.float32)
+        centered = (x.float() - mean).to(x.dtype)
+        self._add(centered, None if original is None else (original.float() - mean))
+        rest = torch.outer(centered.sum(0, dtype=torch.float32), mean)
+        self.xtx += rest + rest.T + len(x) * torch.outer(mean, mean)
+        if self.cross is not None and original is not None:
+            shift = (original.float() - mean - centered.float()).to(x.dtype)
+            self.cross += torch.outer(shift.sum(0, dtype=torch.float32), mean)
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
         for start, end in itertools.pairwise(self._edges):  # x^T x is symmetric: 10 of 16 blocks are enough

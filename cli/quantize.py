@@ -53,7 +53,7 @@ def quantize(
     ] = None,
     device: DeviceOption = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="T", help="Of the calibration passes: float32 or bfloat16.")
+        str | None, typer.Option("--dtype", metavar="T", help="Of the calibration passes: float32, bfloat16, auto.")
     ] = None,
     threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,

@@ -150,7 +150,8 @@ def quantize(
     quantizer = recipe.make_quantizer()
     require_consistent(recipe)
     _check_arguments(source, Path(out), seed, max_kl)
-    streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=choose_device(device))
+    recipe = recipe.for_device(where := choose_device(device))
+    streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=where)
     assignment = assign(recipe, streamed)
 
     text, held_out = _calibration(recipe, quantizer, streamed, seed, gate=max_kl is not None)

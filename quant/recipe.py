@@ -72,7 +72,9 @@ class Calibration(_Table):
     )
     true_sequential: bool = Field(False, description="q/k/v, then o, then gate/up, then down, one after another")
     skip_tokens: int = Field(0, ge=0, description="leading tokens of each row left out of statistics (attention sinks)")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the calibration forward pass")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="of calibration; auto: bfloat16 where the processor multiplies it natively"
+    )
 
 
 class Rule(_Table):
@@ -145,6 +147,18 @@ class Recipe(_Table):
             return fmt
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
+
+    def for_device(self, device: torch.device) -> Recipe:
+        """The recipe with ``calibration.dtype = "auto"`` settled, so that what is recorded is what was computed."""
+        if self.calibration.dtype != "auto":
+            return self
+        if device.type == "cpu":
+            able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        else:
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        calibration = self.calibration.model_copy(update={"dtype": "bfloat16" if native else "float32"})
+        return self.model_copy(update={"calibration": calibration})
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump())

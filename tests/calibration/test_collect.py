@@ -358,6 +358,28 @@ def test_qep_sums_the_difference_to_the_original_model(
     assert compared >= (2 if family == "qwen3-moe" else 4)
 
 
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_block_that_is_not_observed_moves_both_models_on(true_sequential: bool, tiny) -> None:
+    """As when a run resumes: its first block comes quantized from its shard, and the second one's statistics count."""
+    rows, model, reference = text(6), streamed(tiny("llama")), whole(tiny("llama"))
+    original = whole_inputs(reference, rows)
+    collector = Collector(model, recipe(qep=1.0, true_sequential=true_sequential), in_blocks(model), rows)
+    for block in model.blocks():
+        if block.index == 0:
+            made = coarse(block, list(block.weights))
+            collector.install(block, made)
+            replace(reference, made)
+        else:
+            own, name = whole_inputs(reference, rows), f"{block.name}.self_attn.q_proj"
+            stats = collector.observe(block, collector.steps(block)[0])[name]
+            assert_same(stats, own[name], name)
+            expected = (original[name] - own[name]).T @ own[name]
+            assert stats.cross is not None and (stats.cross.double() - expected).norm() <= 1e-5 * expected.norm()
+            collector.close()
+            break
+        collector.advance(block)
+
+
 def test_abandoned_passes_leave_no_thread(tiny) -> None:
     import threading
 

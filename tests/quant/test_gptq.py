@@ -306,6 +306,16 @@ def test_ill_conditioned_hessian_is_factored_with_the_damping_asked_for() -> Non
     torch.testing.assert_close(factor.double() @ factor.double().T, damped, rtol=1e-5, atol=1e3)
 
 
+def test_pivots_that_float32_makes_up_are_not_believed() -> None:
+    """No pivot can fall below the damping. In float32 they do, by cancellation: then float64 must take over."""
+    for seed in range(100):
+        x = inputs(1, 12, seed).double()  # float64, because sums in float32 would be indefinite themselves
+        factor, damp = factored(x.T @ x, 1e-7)
+        assert damp == 1e-7  # which float64 can do
+        floor = 1e-7 * float(x.square().mean())
+        assert float(factor.diagonal().double().square().min()) >= 0.49 * floor
+
+
 def test_indefinite_hessian_escalates_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
     values = torch.ones(16)

@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(text: Path) -> dict[str, Any]:
     """Overrides that make calibration small."""
     return {"calibration.sources": [str(text)], "calibration.samples": 8, "calibration.seqlen": 48,
-            "calibration.true_sequential": False}
+            "calibration.true_sequential": False, "calibration.dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
