@@ -25,8 +25,8 @@ class Gram:
     """Running sum of ``x^T x`` for inputs ``x (T, K)``: float32, upper block triangle only until read.
 
     Inputs in bfloat16 are multiplied in bfloat16, which processors do at least twice as fast. A product is then rounded
-    to bfloat16, relative to its size, which could make the sum indefinite: so what is large and known (the mean, and the
-    few tokens of massive activations) is taken out first and summed in float32.
+    to bfloat16, relative to its size, which could make the sum indefinite: so what is large and known (the mean, and
+    the few tokens of massive activations) is taken out first and summed in float32.
     """
 
     def __init__(self, columns: int, device: torch.device, *, cross: bool = False) -> None:
@@ -38,8 +38,8 @@ class Gram:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add tokens ``x (T, K)``; ``original`` is the same tokens' input in the original model (for ``cross``)."""
-        if x.dtype == torch.float32:
-            return self._add(x, original)
+        if x.dtype == torch.float32 or not len(x):
+            return self._add(x.float(), original)
         if x.dtype == torch.float16:  # its products overflow
             return self._add(x.float(), original)
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)

@@ -68,9 +68,6 @@ class HiddenStates:
         self._file.seek(self._offsets[i])
         self._file.write(value.detach().to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
-    def copy(self, limit_bytes: int, folder: Path | None) -> HiddenStates:
-        return HiddenStates([self[i] for i in range(len(self))], limit_bytes, folder)
-
 
 @dataclass
 class Call:

@@ -58,13 +58,12 @@ class CheckpointWriter:
         self._lock_file: IO[str] | None = None
         try:
             with disk_errors(out):
-                self._claim(dict(run), resume, force)
-                self._require_space(need_bytes)
+                self._claim(dict(run), resume, force, need_bytes)
         except BaseException:
             self.close()
             raise
 
-    def _claim(self, run: dict[str, Any], resume: bool, force: bool) -> None:
+    def _claim(self, run: dict[str, Any], resume: bool, force: bool, need_bytes: int) -> None:
         run = json.loads(json.dumps(run))
         marker = self._work / "run.json"
         existing = [p for p in self.out.iterdir()] if self.out.is_dir() else []
@@ -81,7 +80,8 @@ class CheckpointWriter:
             _require_same(json.loads(marker.read_text()), run, self.out)
         else:
             self._clear()
-            write_atomically(marker, json.dumps(run, indent=1, sort_keys=True) + "\n")
+        self._require_space(need_bytes)
+        write_atomically(marker, json.dumps(run, indent=1, sort_keys=True) + "\n")
         for leftover in self.out.glob("fewbits-*.tmp"):
             leftover.unlink()
 

@@ -121,14 +121,14 @@ class IntFormat:
     def _storable(self, ideal: Tensor) -> Tensor:
         """Scales as stored; an all-zero group gets 1, so that it decodes to exact zeros."""
         limits = torch.finfo(self.scale_dtype)
-        scale = torch.where(ideal > 0, ideal, torch.ones_like(ideal)).clamp(limits.smallest_normal, limits.max)
-        return scale.to(self.scale_dtype)
-
-    def fits_range(self, weight: Tensor) -> bool:
-        """False when a group's scale would leave the normal range of ``scale_dtype`` (then store bfloat16 scales)."""
-        step = (weight.amax(-1).clamp(min=0) - weight.amin(-1).clamp(max=0)) / (self.levels - 1)
-        limits = torch.finfo(self.scale_dtype)
-        return bool(((step == 0) | ((step > 4 * limits.smallest_normal) & (step < limits.max / 4))).all())
+        if bool((ideal > limits.max).any()):
+            raise FormatError(
+                f"scale: got {float(ideal.max()):.3g}, {self.scale_dtype} holds at most {limits.max:.3g}; "
+                "set format.scale_dtype = 'bfloat16'"
+            )
+        # subnormal scales are stored down to where five of their bits are left
+        least = limits.smallest_normal / 32
+        return torch.where(ideal > 0, ideal.clamp(min=least), torch.ones_like(ideal)).to(self.scale_dtype)
 
     # -- codes --------------------------------------------------------------------------------------------------
 

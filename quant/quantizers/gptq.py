@@ -46,7 +46,7 @@ class GPTQ:
         block_size: columns per lazy update. Speed only.
     """
 
-    damp: Annotated[float, Field(ge=0)] = 0.01
+    damp: Annotated[float, Field(ge=0, le=10)] = 0.01
     act_order: bool = True
     clip: Clip = "search"
     qep: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -259,20 +259,27 @@ def test_asymmetric_one_bit_has_zero_and_one_end() -> None:
 
 def test_extreme_weights_stay_finite() -> None:
     for fmt in EVERY:
-        for size in (1e-30, 1e-8, 1e4, 1e30):
+        for size in (1e-30, 1e-8, 1e3, 1e30):
+            if size > 1e4 and fmt.scale_dtype == torch.float16:
+                continue  # refused: see below
             codes, params = fitted(fmt, weights(2, 16) * size)
             assert torch.isfinite(params["scale"].float()).all()
             back = QuantizedTensor((2, 16), (Segment(fmt, codes, params),)).dequantize()
             assert torch.isfinite(back).all(), (fmt.name, size)
 
 
-def test_fits_range() -> None:
-    weight = weights(4, 8)
-    weight[0] = 0
-    assert IntFormat(4, 8).fits_range(weight)
-    assert not IntFormat(4, 8).fits_range(weight * 1e-6) and not IntFormat(4, 8).fits_range(weight * 1e7)
-    assert IntFormat(4, 8, scale_dtype=torch.bfloat16).fits_range(weight * 1e-6)
-    assert IntFormat(4, 8, scale_dtype=torch.bfloat16).fits_range(weight * 1e7)
+def test_a_scale_that_its_dtype_cannot_hold_is_an_error_that_says_so() -> None:
+    weight = weights(4, 8) * 1e7
+    with pytest.raises(FormatError, match=r"scale: got .*scale_dtype = 'bfloat16'"):
+        IntFormat(4, 8).fit(weight, None)
+    assert torch.isfinite(IntFormat(4, 8, scale_dtype=torch.bfloat16).fit(weight, None)["scale"].float()).all()
+
+
+def test_small_weights_keep_their_precision() -> None:
+    fmt, weight = IntFormat(8, 8), weights(64, 8) * 1e-2  # scales near 6e-6, below the normal range of float16
+    codes, params = fitted(fmt, weight)
+    back = QuantizedTensor((64, 8), (Segment(fmt, codes, params),)).dequantize()
+    assert float((back - weight).norm() / weight.norm()) < 0.01
 
 
 # -- clip search -------------------------------------------------------------------------------------------------------
