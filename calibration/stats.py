@@ -49,8 +49,8 @@ class Gram:
 
     def _add_centered(self, x: Tensor, original: Tensor | None) -> None:
         """``sum x x^T`` with ``x = c + m``: ``sum c c^T`` in the dtype of x, what has the mean m in float32."""
-        mean = x.mean(0, dtype=torch.float32)
-        centered = (x.float() - mean).to(x.dtype)
+        about = x.mean(0)
+        centered, mean = x - about, about.float()
         self._add(centered, None if original is None else (original.float() - mean))
         rest = torch.outer(centered.sum(0, dtype=torch.float32), mean)
         self.xtx += rest + rest.T + len(x) * torch.outer(mean, mean)
@@ -67,9 +67,10 @@ class Gram:
         self.n_tokens += x.shape[0]
 
     def stats(self) -> LayerStats:
-        """The sums so far, mirrored to a full symmetric matrix."""
-        full = self.xtx.triu()
-        return LayerStats(full + full.triu(1).T, self.n_tokens, self.cross)
+        """The sums so far, mirrored to a full symmetric matrix: in place, no copy is made."""
+        for start, end in itertools.pairwise(self._edges):
+            self.xtx[start:end, :start] = self.xtx[:start, start:end].T
+        return LayerStats(self.xtx, self.n_tokens, self.cross)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -241,7 +241,7 @@ def _quantize_step(
         for fmt, names in job.assignment.by_format(group).items():
             for name in names:
                 check_finite(name, block.weights[name])
-            weights = [block.weights[n].float() for n in names]
+            weights = [block.weights[n] for n in names]
             stacked = torch.cat(weights)
             whole, extra = job.quantizer.quantize(stacked, own, [(fmt, stacked.shape[1])], seed=job.seed)
             for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):

