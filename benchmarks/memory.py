@@ -73,7 +73,7 @@ def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 22])
     parser.add_argument("--dtype", default="bfloat16", help="of the checkpoint")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
     rows = []
     for layers in args.layers:

@@ -52,15 +52,17 @@ class Gram:
         about = x.mean(0)
         centered, mean = x - about, about.float()
         self._add(centered, None if original is None else (original.float() - mean))
-        rest = torch.outer(centered.sum(0, dtype=torch.float32), mean)
-        self.xtx += rest + rest.T + len(x) * torch.outer(mean, mean)
+        rest = centered.sum(0, dtype=torch.float32)
+        self.xtx.addr_(rest, mean).addr_(mean, rest).addr_(mean, mean, alpha=len(x))
         if self.cross is not None and original is not None:
             shift = (original.float() - mean - centered.float()).to(x.dtype)
-            self.cross += torch.outer(shift.sum(0, dtype=torch.float32), mean)
+            self.cross.addr_(shift.sum(0, dtype=torch.float32), mean)
 
     def _add(self, x: Tensor, original: Tensor | None) -> None:
+        diagonal = self.xtx.diagonal() + torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
         for start, end in itertools.pairwise(self._edges):  # x^T x is symmetric: 10 of 16 blocks are enough
             _add_product(self.xtx[start:end, start:], x[:, start:end], x[:, start:])
+        self.xtx.diagonal().copy_(diagonal)  # the largest of all, and so the most rounded
         if self.cross is not None:
             assert original is not None
             _add_product(self.cross, (original.float() - x.float()).to(x.dtype), x)
@@ -70,6 +72,8 @@ class Gram:
         """The sums so far, mirrored to a full symmetric matrix: in place, no copy is made."""
         for start, end in itertools.pairwise(self._edges):
             self.xtx[start:end, :start] = self.xtx[:start, start:end].T
+            corner = self.xtx[start:end, start:end].triu()  # a product need not be symmetric to the last bit
+            self.xtx[start:end, start:end] = corner + corner.triu(1).T
         return LayerStats(self.xtx, self.n_tokens, self.cross)
 
 

@@ -25,7 +25,7 @@ from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
 from fewbits.quant.targets import Target, find_targets, read_weight
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens per forward pass; changes results by float rounding only."""
 
 

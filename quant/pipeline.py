@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -205,6 +206,7 @@ def _check_arguments(source: Source, out: Path, seed: int, max_kl: float | None)
 
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
     """For each decoder block: statistics of its inputs, codes, a shard; then its outputs feed the next block."""
+    _return_memory()
     for block in job.streamed.blocks():
         shard = block.index + 1
         if job.writer.has(shard):  # made by the interrupted run that this one resumes
@@ -221,13 +223,30 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 with job.clock.quantizing():
                     made, made_facts = _quantize_step(job, block, step, stats)
                 collector.install(block, made)
+                _return_memory()
                 tensors |= made
                 facts += made_facts
             dense, dense_facts = job.assignment.dense(job.streamed, block)
             job.writer.write(shard, job.assignment.pack(tensors) | dense, facts + dense_facts)
         with job.clock.calibrating():
             collector.advance(block)
+        _return_memory()
         progress("Quantizing", shard, job.writer.total)
+
+
+_M_MMAP_THRESHOLD = -3  # mallopt's name for it
+_LARGE_BYTES = 16 << 20
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what threads freed, and each block would add to it.
+
+    Large tensors get mappings of their own, which go when they are freed; glibc would stop that after the first.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another libc has no such calls, and no such habit
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        libc.malloc_trim(0)
 
 
 def _quantize_step(

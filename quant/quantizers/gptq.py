@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _DAMP_STEP = 10**0.5
 _MAX_DAMP = 10.0
-_CHUNK_WEIGHTS = 1 << 22
+_CHUNK_WEIGHTS = 1 << 21
 
 
 @dataclass(frozen=True)
