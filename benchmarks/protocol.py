@@ -84,7 +84,8 @@ def provenance() -> dict[str, Any]:
 
     return {
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
-        "cpu": cpu_kind(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "load": os.getloadavg()[1], "cpu": cpu_kind(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__,
     }
 

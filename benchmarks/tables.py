@@ -74,7 +74,8 @@ def _table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def main() -> None:
-    parts = ["# Results\n", "Written by `python -m benchmarks.tables` from the runs named under each table.\n"]
+    parts = ["# Results\n", "Written by `python -m benchmarks.tables` from the runs named under each table. "
+             "Times are those of a machine with other work to do: compare them within a table only.\n"]
     for name, (title, text, render) in SECTIONS.items():
         path = protocol.RESULTS / f"{name}.json"
         if not path.exists():
