@@ -38,9 +38,7 @@ class Gram:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add tokens ``x (T, K)``; ``original`` is the same tokens' input in the original model (for ``cross``)."""
-        if x.dtype == torch.float32 or not len(x):
-            return self._add(x.float(), original)
-        if x.dtype == torch.float16:  # its products overflow
+        if x.dtype != torch.bfloat16 or not len(x):  # products of float16 would overflow in float16
             return self._add(x.float(), original)
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
         massive = norms > _MASSIVE * norms.median()

@@ -19,6 +19,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbits.quant.checkpoint import INDEX, shard_name
 from fewbits.quant.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:  # imported in the middle of transformers' own import: its models are imported where they are used
@@ -26,8 +27,6 @@ if TYPE_CHECKING:  # imported in the middle of transformers' own import: its mod
 
 METHOD = "fewbits"
 FORMAT_VERSION = 1
-INDEX_FILE = "fewbits.safetensors.index.json"
-SHARD_FILE = "fewbits-{:05d}-of-{:05d}.safetensors"
 
 _KEYS = ("quant_method", "format_version", "default", "exceptions", "keep", "dequantize")
 
@@ -120,7 +119,7 @@ class FewbitsHfQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The only hook that sees the config before transformers looks for files.
-        config.transformers_weights = INDEX_FILE
+        config.transformers_weights = INDEX
         # Packed experts are read one by one, which is what the eager forward does; the others want a 3-D tensor.
         config._experts_implementation = "eager"
         return config
@@ -212,11 +211,11 @@ def _save_pretrained(
         write(model, staging, **kwargs)
         _rename_weights(staging)
         fresh = {p.name for p in staging.iterdir()}
-        if INDEX_FILE in fresh:  # shards of an older save with another count would be dead weight
+        if INDEX in fresh:  # shards of an older save with another count would be dead weight
             for old in folder.glob("fewbits-*.safetensors"):
                 if old.name not in fresh:
                     old.unlink()
-        for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX_FILE):
+        for path in sorted(staging.iterdir(), key=lambda p: p.name == INDEX):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -230,7 +229,7 @@ def _rename_weights(folder: Path) -> None:
     shards = sorted(folder.glob("model*.safetensors"))
     if not shards:  # adapters only
         return
-    new_names = {p.name: SHARD_FILE.format(i + 1, len(shards)) for i, p in enumerate(shards)}
+    new_names = {p.name: shard_name(i, len(shards)) for i, p in enumerate(shards)}
     mode = (folder / "config.json").stat().st_mode
     headers = read_headers([str(p) for p in shards])
     weight_map = {name: new_names[Path(file).name] for name, (_, _, file) in headers.items()}
@@ -240,7 +239,7 @@ def _rename_weights(folder: Path) -> None:
         path.rename(folder / new_names[path.name])
     old_index.unlink(missing_ok=True)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 # -- loading ------------------------------------------------------------------------------------------------------
@@ -296,18 +295,18 @@ def load(
 
 def _check_index(folder: Path) -> None:
     """A folder has an index that names files of that folder."""
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder}: has no {INDEX_FILE}, needed beside config.json; the checkpoint is "
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder}: has no {INDEX}, needed beside config.json; the checkpoint is "
                               "incomplete, copy the folder again or finish quantizing it")
     try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{folder / INDEX_FILE}: no JSON ({e}); copy the folder again") from e
+        raise CheckpointError(f"{folder / INDEX}: no JSON ({e}); copy the folder again") from e
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     files = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
-            raise CheckpointError(f"{folder / INDEX_FILE}: got {str(file)[:80]!r} in weight_map, needed the name of a "
+            raise CheckpointError(f"{folder / INDEX}: got {str(file)[:80]!r} in weight_map, needed the name of a "
                                   "shard in this folder; copy the folder again")
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from fewbits.quant.checkpoint import INDEX
 from fewbits.quant.errors import CheckpointError, FewbitsError
-from fewbits.serving.transformers import INDEX_FILE, FewbitsConfig, load
+from fewbits.serving.transformers import FewbitsConfig, load
 from tests.serving.conftest import edit_config, stored_tensors
 
 LINEAR = "model.layers.1.mlp.down_proj"
@@ -25,7 +26,7 @@ def rewrite(folder, change) -> None:
     shard = "fewbits-00001-of-00001.safetensors"
     save_file({k: v.clone() for k, v in tensors.items()}, folder / shard, metadata={"format": "pt"})
     weight_map = dict.fromkeys(tensors, shard)
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def assert_refused(folder, *words: str) -> None:
@@ -100,10 +101,10 @@ def test_truncated_shard_and_no_index(copied, tmp_path):
     shard = folder / "fewbits-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     assert_refused(folder, "fewbits-00002-of-00002", "cannot be read")
-    (folder / INDEX_FILE).unlink()
-    with pytest.raises(CheckpointError, match=INDEX_FILE):
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=INDEX):
         load(folder)
-    with pytest.raises(ValueError, match=INDEX_FILE):  # transformers' own
+    with pytest.raises(ValueError, match=INDEX):  # transformers' own
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -111,11 +112,11 @@ def test_index_that_leads_elsewhere(copied, tmp_path):
     folder = copied()
     (tmp_path / "elsewhere").mkdir()
     (folder / "fewbits-00002-of-00002.safetensors").rename(tmp_path / "elsewhere" / "x.safetensors")
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX).read_text())
     for name, file in index["weight_map"].items():
         if "00002-of" in file:
             index["weight_map"][name] = "../elsewhere/x.safetensors"
-    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     assert_refused(folder, "one folder")
     with pytest.raises(CheckpointError, match="elsewhere"):
         load(folder)
@@ -127,8 +128,8 @@ def test_index_that_leads_elsewhere(copied, tmp_path):
 ])
 def test_index_that_is_none(copied, text):
     folder = copied()
-    (folder / INDEX_FILE).write_text(text)
-    with pytest.raises(CheckpointError, match=INDEX_FILE):
+    (folder / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=INDEX):
         load(folder)
 
 
