@@ -23,6 +23,25 @@ def _quality(rows: list[Row]) -> str:
     ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
 
 
+def _allocation(rows: list[Row]) -> str:
+    def foreseen(r: Row) -> list[str]:
+        p, held = r.get("predicted"), r.get("held_out")
+        if not p or not held:
+            return ["", "", ""]
+        low, high = p["band"]
+        return [f"{p['kl_mean']:.3f} ({low:.3f} to {high:.3f})", f"{held['kl_mean']:.3f}",
+                "yes" if low <= held["kl_mean"] <= high else "no"]
+
+    rows = sorted(rows, key=lambda r: (r["bits_per_weight"], r["kl_mean"]))
+    return _table(
+        ["recipe", "budget", "stored bits per weight", "KL to the original", "predicted, held-out text",
+         "measured, held-out text", "in the band", "CPU s: survey", "allocation", "quantization"],
+        [[r["recipe"], r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+          *foreseen(r), *(f"{r[k]:.0f}" if k in r else "" for k in
+                          ("survey_cpu_seconds", "allocation_cpu_seconds", "cpu_seconds"))] for r in rows],
+    )
+
+
 def _speed(rows: list[Row]) -> str:
     return _table(
         ["toolkit", "bits", "CPU s", "wall s", "perplexity", "KL to the original", "peak memory"],
@@ -53,6 +72,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
         "SmolLM2-135M-Instruct, linears of the decoder blocks, group 64, asymmetric. Calibration: the first 128 x 512 "
         "tokens of WikiText-2 valid. Perplexity on 40 windows of 1024 tokens of WikiText-2 test, KL (nats per token) "
         "on the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
+    "allocation": (
+        "Budgets",
+        "The same protocol, at equal stored bits, best first where bits are equal. Predictions are those of the damage "
+        "model without any run on this model to go by, for held-out rows of the calibration text; one survey serves "
+        "all budgets of a recipe. `python -m benchmarks.allocation`", _allocation),
     "speed": (
         "Time to quantize",
         "Calibration and quantization, one after the other on the same rows with the same threads; CPU seconds are "

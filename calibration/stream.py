@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -202,21 +203,36 @@ class StreamedModel:
         Names are those of the module tree. What transformers merges or splits when it loads (fused experts) comes
         merged or split.
         """
-        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
-        state = self.model.state_dict()
-        untied = bool(skip & (tied.keys() | set(tied.values())))
-        for name, keys in self.source_keys(None if block is None else block.index).items():
-            if name in skip or name not in state or (name in tied and not untied):
-                continue
-            if name in self._converted:
+        for name, key in self._dense(None if block is None else block.index, skip):
+            if key is None:
                 assert block is not None, f"{name}: merged or split outside the decoder blocks"
                 yield name, block.converted[name]
             else:
-                yield name, self.source.get(keys[0])
-        if block is None and untied:
+                yield name, self.source.get(key)
+
+    def dense_infos(self, index: int | None, skip: set[str]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of every tensor that :meth:`dense_tensors` gives, without reading any."""
+        for name, key in self._dense(index, skip):
+            shape, dtype = self._stored[name] if key is None else self.source.info(key)
+            yield name, shape, dtype
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of everything in the model's state dict."""
+        return {name: (tuple(t.shape), t.dtype) for name, t in self.model.state_dict().items()}
+
+    def _dense(self, index: int | None, skip: set[str]) -> Iterator[tuple[str, str | None]]:
+        """Tensors of a block but ``skip``, and where the source has them: None where they are merged or split."""
+        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        untied = bool(skip & (tied.keys() | set(tied.values())))
+        for name, keys in self.source_keys(index).items():
+            if name in skip or name not in self._stored or (name in tied and not untied):
+                continue
+            yield name, None if name in self._converted else keys[0]
+        if index is None and untied:
             for name, twin in tied.items():  # the source holds one tensor for both, the result two
                 if name not in skip and name not in self._keys:
-                    yield name, self.source.get(self._keys[twin][0])
+                    yield name, self._keys[twin][0]
 
     def head_input(self, hidden: Tensor, head: Target) -> Tensor:
         """What the output head multiplies, ``(B, L, K)``, given the hidden states that leave the last block."""

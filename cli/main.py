@@ -23,6 +23,8 @@ from fewbits.quant.errors import FewbitsError, QualityGateError
 
 COMMANDS = {
     "quantize": "fewbits.cli.quantize:quantize",
+    "plan": "fewbits.cli.plan:plan",
+    "sweep": "fewbits.cli.sweep:sweep",
     "eval": "fewbits.cli.eval:evaluate",
     "generate": "fewbits.cli.generate:generate",
     "inspect": "fewbits.cli.inspect:inspect",

@@ -13,22 +13,30 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbits.quant.errors import CheckpointError
-from fewbits.quant.shards import read_header, read_tensor, sha256_file
+from fewbits.quant.shards import DTYPES, read_header, read_tensor, sha256_file
 
 INDEX = "fewbits.safetensors.index.json"
 _WORK = ".fewbits"
 _SPARE_BYTES = 64 << 20
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_ORDER = [
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+]
+"""The order in which safetensors stores tensors of different dtypes."""
 
 
 def shard_name(index: int, total: int) -> str:
@@ -84,6 +92,12 @@ class CheckpointWriter:
         write_atomically(marker, json.dumps(run, indent=1, sort_keys=True) + "\n")
         for leftover in self.out.glob("fewbits-*.tmp"):
             leftover.unlink()
+
+    @staticmethod
+    def unfinished_run(out: Path) -> dict[str, Any] | None:
+        """What the unfinished run in a directory is, or None where there is none."""
+        marker = out / _WORK / "run.json"
+        return json.loads(marker.read_text()) if marker.exists() else None
 
     def _require_space(self, need_bytes: int) -> None:
         done = sum(self.path(i).stat().st_size for i in range(self.total) if self.has(i))
@@ -169,6 +183,23 @@ class CheckpointWriter:
         """Release the directory; an unfinished run stays resumable."""
         if self._lock_file is not None:
             self._lock_file.close()
+
+
+def file_sizes(shards: Iterable[Mapping[str, tuple[tuple[int, ...], torch.dtype]]]) -> list[int]:
+    """Bytes that each shard's file will have, header included, given the shape and dtype of each tensor."""
+    sizes = []
+    for entries in shards:
+        # safetensors orders by dtype, then by name, and pads the header to a multiple of 8
+        order = sorted(entries, key=lambda n: (_DTYPE_ORDER.index(_DTYPE_NAMES[entries[n][1]]), n))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            shape, dtype = entries[name]
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        sizes.append(8 + -(-len(text) // 8) * 8 + end)
+    return sizes
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:

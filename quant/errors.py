@@ -29,6 +29,10 @@ class CalibrationError(FewbitsError):
     """Calibration data is missing, empty, or unusable."""
 
 
+class BudgetError(FewbitsError):
+    """A budget that cannot be met, or that makes no sense."""
+
+
 class QualityGateError(FewbitsError):
     """The result misses a quality gate that the user set (exit code 3).
 

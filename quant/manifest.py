@@ -40,10 +40,10 @@ def run_identity(
     }
 
 
-def stats_identity(run: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What statistics of the original model depend on: a part of the run's identity."""
+def stats_identity(source: Source, recipe: Recipe, text: CalibrationSet) -> dict[str, Any]:
+    """What statistics of the original model depend on."""
     return {
-        "model": run["model"]["files"], "calibration": run["calibration"]["fingerprint"],
+        "model": source.hashes(), "calibration": text.fingerprint,
         "dtype": recipe.calibration.dtype, "skip_tokens": recipe.calibration.skip_tokens,
     }
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ import torch
 from torch import Tensor
 
 from fewbits.calibration.collect import Collector, require_consistent
-from fewbits.calibration.data import CalibrationSet, load_calibration
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
 from fewbits.eval.models import choose_device
 from fewbits.eval.speed import peak_rss_bytes
-from fewbits.eval.text import context_length
-from fewbits.quant.checkpoint import CheckpointWriter
-from fewbits.quant.errors import CalibrationError, CheckpointError, QualityGateError, RecipeError
+from fewbits.quant.allocate.menu import require_readable
+from fewbits.quant.allocate.planning import Planner, read_plan
+from fewbits.quant.checkpoint import CheckpointWriter, file_sizes
+from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
+from fewbits.quant.prepare import load_text
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
@@ -37,9 +39,6 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: called when a unit of work is finished."""
-
-_HELD_OUT_ROWS = 8
-
 
 @dataclass
 class QuantizeReport:
@@ -63,7 +62,7 @@ class QuantizeReport:
     bits_per_weight: float = 0.0
     bits_per_weight_total: float = 0.0
     bytes: int = 0
-    predicted: dict[str, float] | None = None
+    predicted: dict[str, Any] | None = None
     measured: dict[str, Any] | None = None
     worst: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -115,6 +114,8 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     max_kl: float | None = None,
+    plan: str | Path | None = None,
+    measured: Sequence[tuple[float, float]] = (),
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a model and write a fewbits checkpoint.
@@ -132,6 +133,8 @@ def quantize(
         resume: continue the interrupted run in ``out``; gives the bytes that an uninterrupted run gives.
         force: overwrite what an earlier run left in ``out``.
         max_kl: quality gate: nats per token to the original on held-out calibration text.
+        plan: a plan file to carry out, in place of what the recipe's budget would lead to.
+        measured: ``(damage, measured KL)`` of earlier runs on this model, which sharpen the prediction.
         progress: called as work is done.
 
     Raises:
@@ -139,6 +142,7 @@ def quantize(
         QualityGateError: the gate was missed; the checkpoint is written nevertheless.
     """
     started, cpu_started = time.monotonic(), time.process_time()
+    _tame_malloc()
     if threads:
         torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,17 +157,31 @@ def quantize(
     _check_arguments(source, Path(out), seed, max_kl)
     recipe = recipe.for_device(where := choose_device(device))
     streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=where)
-    assignment = assign(recipe, streamed)
-
-    text, held_out = _calibration(recipe, quantizer, streamed, seed, gate=max_kl is not None)
+    if plan is not None:
+        recipe = read_plan(Path(plan), recipe, streamed)
+    planner = Planner(streamed, recipe, seed=seed, progress=progress) if recipe.needs_plan else None
+    judged = max_kl is not None or bool(recipe.budget.given)
+    text = held_out = None
+    if quantizer.needs_stats or judged or (planner and planner.needs_text):
+        text, held_out = load_text(recipe, streamed, seed, held_out=judged)
     run = run_identity(source, recipe, text if quantizer.needs_stats else None, seed=seed, device=device)
-    stored = StoredStats(Path(stats), stats_identity(run, recipe)) if stats and quantizer.needs_stats else None
+    kept = StoredStats(Path(stats), stats_identity(source, recipe, text)) if stats and text else None
+    if planner is not None:
+        known = _known_allocation(Path(out), run) if resume else None
+        run["allocation"] = known or planner.allocation(text, kept, measured)
+        recipe = recipe.model_copy(update={"plan": run["allocation"]["formats"]})
+    assignment = assign(recipe, streamed)
+    require_readable(assignment.formats, assignment.targets, recipe.allocate.target)
+    stored = kept if quantizer.needs_stats else None
     writer = CheckpointWriter(
         Path(out), len(streamed.block_modules) + 1, run, resume=resume, force=force,
-        need_bytes=assignment.expected_bytes(streamed),
+        need_bytes=sum(file_sizes(assignment.shards(streamed))),
     )
     clock = _Clock()
-    report = QuantizeReport(output=str(out), warnings=[] if text is None else list(text.warnings))
+    report = QuantizeReport(
+        output=str(out), warnings=[] if text is None else list(text.warnings),
+        predicted=run["allocation"]["predicted"] if planner else None,
+    )
     try:
         job = _Job(streamed, assignment, quantizer, writer, seed, clock)
         with clock.calibrating():
@@ -186,8 +204,8 @@ def quantize(
     report.worst = [f["name"] for f in sorted(facts, key=lambda f: -f.get("relative_loss", 0))[:5]]
     report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
     try:
-        if max_kl is not None:
-            _gate(report, source, held_out, max_kl, device, progress)
+        if judged:
+            _judge(report, source, held_out, max_kl, device, progress)
     finally:  # a missed gate reports what the run cost too
         report.seconds = time.monotonic() - started
         report.cpu_seconds = time.process_time() - cpu_started
@@ -206,7 +224,6 @@ def _check_arguments(source: Source, out: Path, seed: int, max_kl: float | None)
 
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
     """For each decoder block: statistics of its inputs, codes, a shard; then its outputs feed the next block."""
-    _return_memory()
     for block in job.streamed.blocks():
         shard = block.index + 1
         if job.writer.has(shard):  # made by the interrupted run that this one resumes
@@ -223,7 +240,6 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 with job.clock.quantizing():
                     made, made_facts = _quantize_step(job, block, step, stats)
                 collector.install(block, made)
-                _return_memory()
                 tensors |= made
                 facts += made_facts
             dense, dense_facts = job.assignment.dense(job.streamed, block)
@@ -234,19 +250,26 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
         progress("Quantizing", shard, job.writer.total)
 
 
-_M_MMAP_THRESHOLD = -3  # mallopt's name for it
-_LARGE_BYTES = 16 << 20
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # mallopt's names for them
+_LARGE_BYTES = 4 << 20
 
 
-def _return_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what threads freed, and each block would add to it.
+def _tame_malloc() -> None:
+    """Let freed memory be found again: glibc gives every thread a heap of its own, and keeps what is freed in each.
 
-    Large tensors get mappings of their own, which go when they are freed; glibc would stop that after the first.
+    Large tensors get mappings of their own, which go when they are freed; glibc would stop that
+    after the first.
     """
     with contextlib.suppress(AttributeError, OSError):  # another libc has no such calls, and no such habit
         libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        libc.malloc_trim(0)
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, where it lies between what is in use."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _quantize_step(
@@ -261,7 +284,7 @@ def _quantize_step(
             for name in names:
                 check_finite(name, block.weights[name])
             weights = [block.weights[n] for n in names]
-            stacked = torch.cat(weights)
+            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
             whole, extra = job.quantizer.quantize(stacked, own, [(fmt, stacked.shape[1])], seed=job.seed)
             for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
                 made[name] = tensor
@@ -293,64 +316,16 @@ def _write_rest(job: _Job, collector: Collector) -> None:
     job.writer.write(0, job.assignment.pack(tensors) | dense, facts + dense_facts)
 
 
-def _calibration(
-    recipe: Recipe, quantizer: Quantizer, streamed: StreamedModel, seed: int, *, gate: bool
-) -> tuple[CalibrationSet | None, list[Tensor] | None]:
-    """Calibration rows, and rows held out for the gate: drawn by the same rule, none of them in both."""
-    if not (quantizer.needs_stats or gate):
-        return None, None
-    from fewbits.calibration.data import self_generate
-    from fewbits.serving.transformers import load, load_tokenizer
-
-    source = streamed.source
-    try:
-        tokenizer = load_tokenizer(source.path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CalibrationError(
-            f"{source.name}: has no usable tokenizer, which calibration needs ({reason}); put the model's tokenizer "
-            "files beside its weights, or use a recipe without calibration, such as rtn"
-        ) from error
-    want = recipe.calibration
-    context = context_length(streamed.model)
-    if context is not None and want.seqlen > context:
-        raise CalibrationError(
-            f"calibration.seqlen: got {want.seqlen}, the model's context is {context} tokens; choose at most {context}"
-        )
-
-    def generate(rows: int, length: int, seed: int) -> Tensor:
-        model = load(source.path)
-        return self_generate(model, tokenizer, rows, length, seed=seed)
-
-    def rows(samples: int) -> CalibrationSet:
-        return load_calibration(
-            want.sources, tokenizer, samples=samples, seqlen=want.seqlen, seed=seed, order=want.order,
-            generate=generate,
-        )
-
-    text = rows(want.samples)
-    vocabulary = streamed.model.get_input_embeddings().weight.shape[0]
-    if int(text.tokens.max()) >= vocabulary:
-        raise CalibrationError(
-            f"tokenizer: makes token {int(text.tokens.max())}, the model has {vocabulary}; they do not belong together"
-        )
-    return text, _held_out(text, rows(want.samples + 4 * _HELD_OUT_ROWS)) if gate else None
+def _known_allocation(out: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The allocation that the unfinished run in ``out`` was made with, if it is of this very run."""
+    before = CheckpointWriter.unfinished_run(out)
+    if before is None or any(before.get(key) != json.loads(json.dumps(value)) for key, value in run.items()):
+        return None
+    return before.get("allocation")
 
 
-def _held_out(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:
-    """Rows of ``more`` that are not in ``text``. Raises CalibrationError when there are too few to judge by."""
-    used = {tuple(row.tolist()) for row in text.tokens}
-    held = [row[mask] for row, mask in zip(more.tokens, more.mask) if tuple(row.tolist()) not in used]
-    if len(held) < 2:
-        raise CalibrationError(
-            f"--max-kl: got {len(held)} rows of text beyond those calibrated on, needed at least 2 to judge by; "
-            "give more text, or lower --samples"
-        )
-    return held[:_HELD_OUT_ROWS]
-
-
-def _gate(
-    report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float, device: str,
+def _judge(
+    report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float | None, device: str,
     progress: Progress,
 ) -> None:
     """Measure KL to the original on held-out rows. Raises QualityGateError when it exceeds ``max_kl``."""
@@ -362,7 +337,10 @@ def _gate(
         load(report.output, device=device), load(source.path, device=device), held_out, progress=progress
     )
     report.measured = {"kl_mean": result.kl_mean, "kl_stderr": result.kl_stderr}
-    if result.kl_mean > max_kl:
+    if report.predicted is not None:
+        low, high = report.predicted["band"]
+        report.measured["in_band"] = low <= result.kl_mean <= high
+    if max_kl is not None and result.kl_mean > max_kl:
         raise QualityGateError(
             f"--max-kl: got {result.kl_mean:.4f} nats per token (+- {result.kl_stderr:.4f}), needed at most {max_kl}; "
             f"worst tensors: {', '.join(report.worst)}; give more bits, or keep these", report

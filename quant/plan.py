@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -9,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fewbits.quant.errors import RecipeError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.recipe import Recipe
 from fewbits.quant.targets import Target
-from fewbits.quant.types import Format, LayerStats, QuantizedTensor, proxy_loss
+from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, proxy_loss, stored_bytes
 
 if TYPE_CHECKING:
     from fewbits.calibration.stream import Block, StreamedModel
@@ -43,17 +45,6 @@ class Assignment:
         """Quantized targets outside the decoder blocks: head and embeddings, where the recipe says so."""
         return [(self.targets[n], self.formats[n]) for n in self.outside_names if n in self.formats]
 
-    def expected_bytes(self, streamed: StreamedModel) -> int:
-        """Bytes that the weights will take on disk, for the check that they fit."""
-        source = streamed.source
-        total = sum(e.nbytes for e in source.entries.values())
-        for name, fmt in self.formats.items():
-            rows, columns = self.targets[name].shape
-            stored = fmt.storage(rows, columns).values()
-            packed = sum(_numel(shape) * dtype.itemsize for shape, dtype in stored)
-            total += packed - rows * columns * streamed.model.dtype.itemsize
-        return max(total, 0)
-
     def pack(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
         """Tensors to store, under their full names."""
         return {f"{name}.{local}": t for name, tensor in tensors.items() for local, t in tensor.pack().items()}
@@ -71,22 +62,53 @@ class Assignment:
     def dense(self, streamed: StreamedModel, block: Block | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """What is stored as it is: every tensor of a block (None: outside the blocks) that is not quantized."""
         index = None if block is None else block.index
-        replaced = {
+        tensors = dict(streamed.dense_tensors(block, self._replaced(streamed, index)))
+        infos = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+        return tensors, [self._dense_fact(name, shape, dtype, index) for name, shape, dtype in infos]
+
+    def _replaced(self, streamed: StreamedModel, index: int | None) -> set[str]:
+        """Parameters of a block that codes stand for."""
+        return {
             f"{t.module_path}.{t.param_name}" for n, t in self.targets.items()
             if n in self.formats and streamed.block_index(n) == index
         }
-        matrices = {f"{t.module_path}.{t.param_name}": t for t in self.targets.values()}
-        tensors, facts = {}, []
-        for name, tensor in streamed.dense_tensors(block, replaced):
-            tensors[name] = tensor
-            target = matrices.get(name)
-            facts.append({
-                "name": target.name if target and target.expert_index is None else name,
-                "shape": list(tensor.shape), "format": str(tensor.dtype).removeprefix("torch."),
-                "bits_per_weight": float(8 * tensor.element_size()), "bytes": tensor.numel() * tensor.element_size(),
-                "linear": target is not None and target.kind != "embedding" and index is not None,
-            })
-        return tensors, facts
+
+    def _dense_fact(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: int | None) -> dict[str, Any]:
+        target = self._matrices.get(name)
+        return {
+            "name": target.name if target and target.expert_index is None else name,
+            "shape": list(shape), "format": str(dtype).removeprefix("torch."),
+            "bits_per_weight": 8.0 * dtype.itemsize, "bytes": _numel(shape) * dtype.itemsize,
+            "linear": target is not None and target.kind != "embedding" and index is not None,
+        }
+
+    @functools.cached_property
+    def _matrices(self) -> dict[str, Target]:
+        return {f"{t.module_path}.{t.param_name}": t for t in self.targets.values()}
+
+    def shards(self, streamed: StreamedModel) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """Shape and dtype of every tensor of every shard: what lies outside the blocks first, then block by block."""
+        out = []
+        for index in [None, *range(len(streamed.block_modules))]:
+            entries = {n: (s, d) for n, s, d in streamed.dense_infos(index, self._replaced(streamed, index))}
+            for name, fmt in self.formats.items():
+                if streamed.block_index(name) == index:
+                    stored = fmt.storage(*self.targets[name].shape) | {"weight_shape": ((2,), torch.int64)}
+                    entries |= {f"{name}.{local}": info for local, info in stored.items()}
+            out.append(entries)
+        return out
+
+    def facts(self, streamed: StreamedModel) -> list[dict[str, Any]]:
+        """What the plan records of every tensor, before any is made: all but the losses."""
+        out = []
+        for index in [None, *range(len(streamed.block_modules))]:
+            for name, fmt in self.formats.items():
+                if streamed.block_index(name) == index:
+                    out.append(format_fact(name, self.targets[name].shape, [(fmt, self.targets[name].shape[1])],
+                                           linear=index is not None))
+            infos = streamed.dense_infos(index, self._replaced(streamed, index))
+            out += [self._dense_fact(name, shape, dtype, index) for name, shape, dtype in infos]
+        return out
 
 
 def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
@@ -122,17 +144,23 @@ def _require_whole_experts(formats: Mapping[str, Format], targets: Mapping[str, 
             raise RecipeError(f"keep: {name}: the experts of a layer are stored as one; keep all of them or none")
 
 
+def format_fact(name: str, shape: tuple[int, int], layout: Layout, *, linear: bool) -> dict[str, Any]:
+    """Name, format and stored bytes of a tensor that is or will be quantized."""
+    nbytes = stored_bytes(layout, shape)
+    return {
+        "name": name, "shape": list(shape), "format": layout_name(layout),
+        "bits_per_weight": 8 * nbytes / _numel(shape), "bytes": nbytes, "linear": linear,
+    }
+
+
 def tensor_fact(
     name: str, weight: Tensor, tensor: QuantizedTensor, stats: LayerStats | None, extra: Mapping[str, float],
     *, linear: bool = True,
 ) -> dict[str, Any]:
     """What the plan records of a quantized tensor."""
-    fact: dict[str, Any] = {
-        "name": name, "shape": list(tensor.shape), "format": layout_name(tensor.layout),
-        "bits_per_weight": tensor.bits_per_weight, "bytes": tensor.stored_bytes, "linear": linear,
-    }
+    fact = format_fact(name, tensor.shape, tensor.layout, linear=linear)
     if stats is not None:
-        fact["proxy_loss"], fact["relative_loss"] = proxy_loss(weight, tensor.dequantize(), stats)
+        fact["proxy_loss"], fact["relative_loss"] = proxy_loss(weight, tensor, stats)
         fact["n_tokens"] = stats.n_tokens
     else:
         weight = weight.float()

@@ -84,10 +84,46 @@ class Rule(_Table):
     format: str
 
 
+class Budget(_Table):
+    """What the result may take; at most one of the first four. The result meets it from below."""
+
+    bpw: float | None = Field(None, gt=0, description="bits per weight over all linears of the decoder blocks")
+    bpw_total: float | None = Field(None, gt=0, description="bits per weight over everything stored")
+    size: int | None = Field(None, gt=0, description="bytes of the weight files")
+    fits_in: int | None = Field(None, gt=0, description="bytes of memory: weights, KV cache and activations")
+    ctx: int = Field(4096, ge=1, description="tokens of context that fits_in counts")
+    batch: int = Field(1, ge=1, description="sequences at a time that fits_in counts")
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> Budget:
+        if len(given := self.given) > 1:
+            raise ValueError(f"got {' and '.join(given)}, needed one of them")
+        return self
+
+    @property
+    def given(self) -> list[str]:
+        """The one that is set, by its key."""
+        return [k for k in ("bpw", "bpw_total", "size", "fits_in") if getattr(self, k) is not None]
+
+
+class Allocate(_Table):
+    """How a budget is spent."""
+
+    damage: str = Field("fisher", description="the model of what a format does to a tensor")
+    formats: list[str] = Field([], description="the menu, e.g. int2_g64, or int2 for the group size auto")
+    unit: Literal["tensor", "block"] = Field("tensor", description="what gets one format of its own")
+    target: Literal["fewbits", "vllm", "sglang", "transformers", "llama.cpp"] = "fewbits"
+    refine: Literal["none", "evopress"] = "none"
+    generations: int = Field(20, ge=1, description="of evopress")
+    offspring: int = Field(16, ge=1, description="of evopress, in each generation")
+    trust: int = Field(0, ge=0, description="tensors on which measured KL checks the damage model; 0 does not")
+
+
 class Recipe(_Table):
-    """A recipe: quantizer, format, calibration, and which tensors are left alone.
+    """A recipe: quantizer, format, calibration, budget, and which tensors are left alone.
 
     Attributes:
+        plan: formats by exact name, as an allocation made them; what is not named stays dense. Wins over all else.
         keep: glob patterns of linears that stay dense, e.g. ``*.down_proj``.
         rules: formats for tensors by name, first match wins; may also name ``lm_head`` or an embedding.
         lm_head, embeddings: quantize them too, with the recipe's format (off by default).
@@ -100,6 +136,9 @@ class Recipe(_Table):
     calibration: Calibration = Calibration()
     keep: list[str] = ["*.gate", "*.router", "*.shared_expert_gate"]
     rules: list[Rule] = []
+    budget: Budget = Budget()
+    allocate: Allocate = Allocate()
+    plan: dict[str, str] = {}
     lm_head: bool = False
     embeddings: bool = False
 
@@ -128,18 +167,15 @@ class Recipe(_Table):
         Raises:
             FormatError: the format does not fit K = ``columns``.
         """
-        for rule in self.rules:
-            if fnmatch.fnmatchcase(name, rule.match):
-                if rule.format == "keep":
-                    return None
-                fmt = parse_format(rule.format)
-                break
-        else:
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep):
+        if self.plan:
+            return parse_format(self.plan[name]) if name in self.plan else None
+        fmt = None
+        if (rule := self.rule_for(name)) is not None:
+            if rule == "keep":
                 return None
-            if (is_head and not self.lm_head) or (kind == "embedding" and not self.embeddings):
-                return None
-            fmt = None
+            fmt = parse_format(rule)
+        elif self.keeps(name) or (is_head and not self.lm_head) or (kind == "embedding" and not self.embeddings):
+            return None
         try:
             if fmt is None:
                 return self.format.for_columns(columns)
@@ -147,6 +183,19 @@ class Recipe(_Table):
             return fmt
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether a budget is to be spent that has not been yet."""
+        return bool(self.budget.given) and not self.plan
+
+    def rule_for(self, name: str) -> str | None:
+        """The format (or ``keep``) of the first rule that matches a tensor's name, or None."""
+        return next((r.format for r in self.rules if fnmatch.fnmatchcase(name, r.match)), None)
+
+    def keeps(self, name: str) -> bool:
+        """Whether a pattern of ``keep`` matches a tensor's name."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep)
 
     def for_device(self, device: torch.device) -> Recipe:
         """The recipe with ``calibration.dtype = "auto"`` settled, so that what is recorded is what was computed."""
@@ -161,7 +210,7 @@ class Recipe(_Table):
         return self.model_copy(update={"calibration": calibration})
 
     def to_toml(self) -> str:
-        return tomli_w.dumps(self.model_dump())
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
 
     @property
     def fingerprint(self) -> str:
@@ -247,7 +296,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
-    tables: dict[str, type[BaseModel]] = {"format": Integers, "calibration": Calibration}
+    tables: dict[str, type[BaseModel]] = {
+        "format": Integers, "calibration": Calibration, "budget": Budget, "allocate": Allocate,
+    }
     for key, value in data.items():
         if key not in model.model_fields:
             raise RecipeError(f"{prefix}{key}: unknown recipe key; {nearest(key, list(model.model_fields))}")

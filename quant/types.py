@@ -81,6 +81,12 @@ Layout = Sequence[tuple[Format, int]]
 """Runs of columns, left to right: ``[(format, columns), ...]``. Most tensors have one run."""
 
 
+def stored_bytes(layout: Layout, shape: tuple[int, int]) -> int:
+    """Bytes on disk of a weight ``(N, K)``: codes, scales, zero points, shape record."""
+    stored = [info for fmt, columns in layout for info in fmt.storage(shape[0], columns).values()]
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in [*stored, ((2,), torch.int64)])
+
+
 @dataclass(frozen=True)
 class Segment:
     """A format over a run of columns.
@@ -151,8 +157,7 @@ class QuantizedTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes on disk: codes, scales, zero points, shape record."""
-        stored = [d for s in self.segments for d in s.format.storage(self.shape[0], s.columns).values()]
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in [*stored, ((2,), torch.int64)])
+        return stored_bytes(self.layout, self.shape)
 
     @property
     def bits_per_weight(self) -> float:
@@ -186,6 +191,9 @@ def _suffixed(name: str, i: int) -> str:
     return f"{name}_{i}" if i else name
 
 
+_CHUNK_WEIGHTS = 1 << 21
+
+
 @dataclass(frozen=True)
 class LayerStats:
     """Sums over calibration tokens of one linear's input, so that shards and devices merge with ``+``.
@@ -212,13 +220,17 @@ class LayerStats:
         return self.xtx / max(self.n_tokens, 1)
 
 
-def proxy_loss(weight: Tensor, quantized: Tensor, stats: LayerStats) -> tuple[float, float]:
+def proxy_loss(weight: Tensor, quantized: Tensor | QuantizedTensor, stats: LayerStats) -> tuple[float, float]:
     """``tr(E H E^T)`` with ``E = W - Q`` and the undamped Hessian, and its ratio to ``tr(W H W^T)``.
 
     The first is the mean squared output error per token, summed over the N outputs.
     """
     loss = power = 0.0
-    for w, q in zip(weight.split(1024), quantized.split(1024)):  # a chunk of rows at a time, to bound memory
+    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])  # dense rows are made a chunk at a time, to bound memory
+    sizes = [min(rows, len(weight) - start) for start in range(0, len(weight), rows)]
+    parts = quantized.split(sizes) if isinstance(quantized, Tensor) else quantized.split_rows(sizes)
+    for w, part in zip(weight.split(sizes), parts):
+        q = part if isinstance(part, Tensor) else part.dequantize()
         loss += _quadratic(w.float() - q, stats.xtx)
         power += _quadratic(w.float(), stats.xtx)
     return loss / max(stats.n_tokens, 1), loss / power if power > 0 else 0.0

@@ -14,16 +14,19 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "quantize": "fewbits.quant.pipeline",
+    "plan": "fewbits.quant.allocate.run",
+    "sweep": "fewbits.quant.allocate.run",
     "load": "fewbits.serving.transformers",
     "evaluate": "fewbits.eval.report",
     "Recipe": "fewbits.quant.recipe",
     "FewbitsError": "fewbits.quant.errors",
 }
 
-__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "load", "plan", "quantize", "sweep"]
 
 if TYPE_CHECKING:
     from fewbits.eval.report import evaluate
+    from fewbits.quant.allocate.run import plan, sweep
     from fewbits.quant.errors import FewbitsError
     from fewbits.quant.pipeline import quantize
     from fewbits.quant.recipe import Recipe

@@ -291,7 +291,7 @@ def test_a_gate_without_text_to_judge_by(tiny, tmp_path):
     (tmp_path / "short.txt").write_text("Too short to hold anything out.")
     sources = [str(tmp_path / "short.txt")]
     overrides = {"calibration.sources": sources, "calibration.samples": 1, "calibration.seqlen": 24}
-    with pytest.raises(CalibrationError, match="--max-kl: got 0 rows of text beyond those calibrated on"):
+    with pytest.raises(CalibrationError, match="held-out text: got 0 rows of text beyond those calibrated on"):
         fewbits.quantize(tiny("llama"), tmp_path / "out", overrides=overrides, max_kl=1.0)
     assert not (tmp_path / "out").exists()
 
@@ -328,12 +328,19 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--set", "rules=[1]"], "rules.0: got 1"), (["--set", "rules=[{match='x',format='int9'}]"], "format: got 'int9'"),
     (["--set", "rules=[{match='*',format='int4_g48'}]"], "K = 64 is not a multiple of group_size 48"),
     (["--set", "calibration.inputs=original", "quantizer.qep=1"], "goes with neither true_sequential nor qep"),
-    (["--bpw", "3"], "--bpw: is not built yet"), (["--bpw-total", "3"], "--bpw-total: is not built yet"),
-    (["--size", "90MB"], "--size: is not built yet"), (["--fits-in", "8GB"], "--fits-in: is not built yet"),
-    (["--ctx", "4096"], "--ctx: is not built yet"), (["--batch", "2"], "--batch: is not built yet"),
-    (["--formats", "int4_g64,int3_g64"], "--formats: is not built yet"),
-    (["--plan", "p.json"], "--plan: is not built yet"),
-    (["--target", "vllm"], "--target vllm: is not built yet"), (["--effort", "best"], "--effort: is not built yet"),
+    (["--bpw", "1"], "--bpw: got 1, the smallest that is reachable is"), (["--bpw", "x"], "--bpw"),
+    (["--bpw", "nan"], "--bpw: got nan"), (["--bpw-total", "-3"], "--bpw-total: got -3"),
+    (["--size", "90XB"], "--size: got '90XB', needed a size"), (["--fits-in", "1KB"], "--fits-in: got 1000 bytes"),
+    (["--bpw", "3", "--size", "1GB"], "needed one budget"),
+    (["--ctx", "4096"], "--ctx: got no --fits-in"), (["--batch", "2"], "--batch: got no --fits-in"),
+    (["--formats", "int4_g64,int3_g64"], "--formats: got no budget"),
+    (["--bpw", "4", "--formats", "int4_g64,int99"], "format: got 'int99'"),
+    (["--bpw", "4", "--target", "vllm", "--formats", "int3_g32"], "vllm does not read int3_g32"),
+    (["--plan", "p.json"], "--plan p.json: is not a plan"),
+    (["--plan", "p.json", "--bpw", "4"], "--plan: got a budget"),
+    (["--measured", "p.json"], "--measured p.json: is not the report"),
+    (["--target", "vllm"], "vllm does not read int4_g"), (["--target", "tgi"], "allocate.target: got 'tgi'"),
+    (["--effort", "best"], "--effort: is not built yet"),
     (["--bogus"], "--bogus"), (["extra"], "extra"),
 ]
 

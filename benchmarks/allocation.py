@@ -1,0 +1,108 @@
+"""Budgets: every recipe that allocates, and uniform bits, at the same stored bits, with KL predicted and measured.
+
+    FEWBITS_DATA=... python -m benchmarks.allocation [--bpw 2.5 3 3.297 3.5] [--recipes auto baq ...]
+
+One survey serves all budgets of a recipe. Rows that an earlier run of the same commit's results has are kept; KL is on
+the windows of ``protocol.py``. The menu holds no affine grid of 4 or more bits with groups of 32: this model comes from
+such a grid, so that they fit it by accident.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import fewbits
+from benchmarks import protocol
+from fewbits.quant.allocate.planning import Planner
+from fewbits.quant.allocate.run import prepare_planner
+from fewbits.quant.recipe import Budget
+from fewbits.quant.source import open_source
+
+BUDGETS = [2.25, 2.5, 3.0, 3.297, 3.5, 4.25]
+MENUS = {
+    "auto": ["int2_g64", "int2_g32", "int3_g64", "int3_g32", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
+    "baq": ["int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
+    "adaquant-ip": ["int2_g64", "int3_g64", "int4_g64", "int6_g64"],
+    "evopress": ["int2_g64", "int2_g32", "int3_g64", "int3_g32", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
+    "layerwise-lim": ["int2_g64", "int4_g64"], "layerwise-zd": ["int2_g64", "int4_g64"],
+    "luq": ["int2_g64", "int4_g64"],
+    "finequant": ["int3_row", "int3_g192", "int3_g96", "int3_g64", "int3_g32"],
+}
+UNIFORM = ["int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
+
+
+def main() -> None:
+    parser = protocol.parser(__doc__)
+    parser.add_argument("--bpw", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--recipes", nargs="+", default=[*MENUS, "uniform"])
+    parser.add_argument("--name", default="allocation")
+    args = parser.parse_args()
+    source = protocol.real_model()
+    baseline = open_source(source).path
+    path = protocol.RESULTS / f"{args.name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def measure(recipe: Any, key: tuple[str, float | str], **more: Any) -> None:
+        out = protocol.RESULTS / "checkpoints" / f"{args.name}-{key[0]}"
+        made = fewbits.quantize(source, out, recipe=recipe, force=True)
+        scores = fewbits.evaluate(
+            out, baseline=baseline, text=[protocol.text("test")], window=protocol.WINDOW, limit=protocol.KL_WINDOWS,
+        ).to_json()
+        row = {"recipe": key[0], "budget": key[1], "bits_per_weight": made.bits_per_weight, "seed": 0,
+               "kl_mean": scores["kl_mean"], "kl_stderr": scores["kl_stderr"], "held_out": made.measured,
+               "cpu_seconds": made.cpu_seconds, **more}
+        rows.append(row)
+        print(f"{key[0]} {key[1]}: {made.bits_per_weight:.4f} stored, KL {row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}"
+              f"{', predicted ' + format(more['predicted']['kl_mean'], '.4f') if more.get('predicted') else ''}",
+              flush=True)
+        protocol.save(args.name, rows)
+
+    def known(recipe: str, budget: float | str) -> bool:
+        return any(r["recipe"] == recipe and r["budget"] == budget for r in rows)
+
+    for name in args.recipes:
+        if name == "uniform":
+            for fmt in UNIFORM:
+                if not known(name, fmt):
+                    rules = [{"match": "model.layers.*", "format": fmt}]
+                    measure(_recipe("gptq", {"rules": rules}), (name, fmt))
+            continue
+        budgets = [b for b in args.bpw if not known(name, b)]
+        if not budgets:
+            continue
+        started = time.process_time()
+        planner = _survey(name, source)
+        survey_seconds = time.process_time() - started
+        for b in budgets:
+            started = time.process_time()
+            try:
+                plan = planner.plan(Budget(bpw=b))
+            except fewbits.FewbitsError as error:
+                print(f"{name} {b}: {error}")
+                continue
+            measure(plan.recipe, (name, b), predicted=plan.to_json()["predicted"], damage=plan.damage,
+                    trust=plan.to_json()["trust"], search=plan.search, survey_cpu_seconds=survey_seconds,
+                    allocation_cpu_seconds=time.process_time() - started)
+
+
+def _overrides() -> dict[str, Any]:
+    settings = {k: v for k, v in protocol.CALIBRATION.items() if k.startswith("calibration.")}
+    return {**settings, "calibration.sources": [str(protocol.text("valid"))]}
+
+
+def _recipe(name: str, more: dict[str, Any]) -> Any:
+    from fewbits.quant.recipe import load_recipe
+
+    return load_recipe(name, {**_overrides(), **more})
+
+
+def _survey(name: str, source: Any) -> Planner:
+    recipe = _recipe(name, {"allocate.formats": MENUS[name]})
+    planner, _ = prepare_planner(source, recipe, None, None, None, None, 0, None)
+    return planner
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What error feedback will lose on a tensor with a format, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.quantizers.fit import fit_layout
+from fewbits.quant.quantizers.gptq import reverse_cholesky
+from fewbits.quant.types import Format, LayerStats
+
+SAMPLED_ROWS = 128
+"""Rows of a matrix that a damage is estimated from; the rest is taken to be like them."""
+
+
+def sample_rows(matrix: Tensor) -> Tensor:
+    """Every so many rows of ``(N, ...)``, spread over all of them."""
+    return matrix[:: max(1, matrix.shape[0] // SAMPLED_ROWS)]
+
+
+def conditional_curvature(stats: LayerStats, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``D (K,)``, ``diag(H) (K,)`` and the dead inputs: ``D_j = R_jj^2`` of ``H = R R^T`` in act-order."""
+    diagonal = stats.xtx.diagonal() / max(stats.n_tokens, 1)
+    dead = diagonal <= 0
+    alive = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    importance = torch.where(dead, alive, diagonal)
+    order = torch.argsort(importance, descending=True, stable=True)
+    lower, _ = reverse_cholesky(stats.xtx, max(stats.n_tokens, 1), order, damp)
+    conditional = torch.empty_like(importance)
+    conditional[order] = lower.diagonal().flip(0).square()
+    return conditional, importance, dead
+
+
+def feedback_damage(
+    weight: Tensor, stats: LayerStats, formats: Sequence[Format], curvature: Tensor | None, *, damp: float = 0.01
+) -> list[float]:
+    """What GPTQ's output error will cost with each format: ``1/2 sum_ij c_i D_j E_ij^2``, nats per token.
+
+    The loss of error feedback is ``sum_j D_j |v_j - q_j|^2`` (GPTQ's own identity), and the rounding errors of the
+    compensated weights ``v`` are about those of plain rounding on the same grid. So one factorization and one rounding
+    per format do for a whole run of the quantizer.
+
+    Args:
+        weight: ``(N, K)``, of which ``SAMPLED_ROWS`` are looked at.
+        curvature: ``c (N,)`` of :func:`fewbits.calibration.curvature.output_curvature`; None counts all rows alike.
+    """
+    conditional, importance, dead = conditional_curvature(stats, damp)
+    c = torch.ones(weight.shape[0], device=weight.device) if curvature is None else curvature
+    rows, own = sample_rows(weight).float().masked_fill(dead, 0), sample_rows(c)
+    scale = 0.5 * float(c.sum() / own.sum().clamp(min=1e-30))
+    return [
+        scale * float(own @ ((rows - rounded(rows, importance, fmt)).square() @ conditional)) for fmt in formats
+    ]
+
+
+def rounded(weight: Tensor, importance: Tensor | None, fmt: Format) -> Tensor:
+    """``weight (N, K)`` rounded to the nearest values of a format, its grid fitted as the quantizers fit it."""
+    ((_, params, _),) = fit_layout(weight, importance, [(fmt, weight.shape[1])])
+    grouped = weight.reshape(len(weight), fmt.groups(weight.shape[1]), -1)
+    params = {k: v.unsqueeze(-1) for k, v in params.items()}
+    return fmt.decode(fmt.encode(grouped, params), params).view_as(weight)

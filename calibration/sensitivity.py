@@ -1,0 +1,195 @@
+"""How much each format would hurt each tensor: the damage models, all behind :func:`measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.calibration.blockscores import block_scores
+from fewbits.calibration.curvature import output_curvature
+from fewbits.calibration.feedback import conditional_curvature, feedback_damage, rounded, sample_rows
+from fewbits.calibration.meter import KLMeter
+from fewbits.calibration.survey import Losses, Survey
+from fewbits.quant.targets import Target, find_targets, read_weight
+from fewbits.quant.types import Format, LayerStats
+
+CURVATURE_ROWS, GRADIENT_ROWS, KL_ROWS = 16, 8, 4
+"""Calibration rows that gradients and measured KL are taken over: changes numbers by their noise."""
+
+
+def fisher(job: Survey) -> Losses:
+    """Error feedback's loss weighted by the curvature of the output: nats per token, and the default."""
+    model = job.dense_model()
+    targets = [t for t in find_targets(model) if t.name in job.menu]
+    curvature = output_curvature(model, targets, job.rows(CURVATURE_ROWS), seed=job.seed, progress=job.progress)
+    del model
+    return _feedback(job, curvature)
+
+
+def hessian(job: Survey) -> Losses:
+    """Error feedback's loss, every output alike: the sum of squared output errors of each layer by itself."""
+    return _feedback(job, None)
+
+
+def _feedback(job: Survey, curvature: dict[str, Tensor] | None) -> Losses:
+    out: Losses = {}
+    tokens = 1 if job.text is None else job.text.n_tokens
+    for block, stats in job.blocks():
+        for name in stats.keys() & job.menu.keys():
+            share = stats[name].n_tokens / tokens if curvature is None else 1.0  # of the tokens an expert sees
+            c = None if curvature is None else curvature[name]
+            damage = feedback_damage(block.weights[name], stats[name], list(job.menu[name].values()), c)
+            out[name] = dict(zip(job.menu[name], (share * d for d in damage)))
+    return out
+
+
+def baq(job: Survey) -> Losses:
+    """BAQ's closed form (arXiv 2506.05664): ``sum_j D_j sum_i range_i^2 2^-2b / 24``, at a high rate."""
+    out: Losses = {}
+    for block, stats in job.blocks():
+        for name in stats.keys() & job.menu.keys():
+            w = block.weights[name].float()
+            conditional, _, _ = conditional_curvature(stats[name], 0.01)
+            spread = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)).square().sum()
+            c = float(conditional.sum() * spread) / 24
+            out[name] = {e: c * 4.0**-f.code_bits for e, f in job.menu[name].items()}
+    return out
+
+
+def weights(job: Survey) -> Losses:
+    """Squared error of round to nearest against the weights alone, relative to each tensor's power: no data is used."""
+    out: Losses = {}
+    for block in job.streamed.blocks():
+        for target in block.targets:
+            if target.name in job.menu:
+                w = sample_rows(block.weights[target.name])
+                power = float(w.square().sum().clamp(min=1e-30))
+                out[target.name] = {
+                    e: target.shape[0] * target.shape[1] * float((w - rounded(w, None, f)).square().sum()) / power
+                    for e, f in job.menu[target.name].items()
+                }
+    return out
+
+
+def lim(job: Survey) -> Losses:
+    """Layer input modification (arXiv 2406.17415): a block matters more the more it turns the hidden state."""
+    return _by_block(job, {i: 1 - s.cosine for i, s in block_scores(job).items()})
+
+
+def zd(job: Survey) -> Losses:
+    """Z-score distribution (arXiv 2406.17415): a block matters more the fewer of its weights exceed one deviation."""
+    tails: dict[int, tuple[float, int]] = {}
+    for block in job.streamed.blocks():
+        for target in block.targets:
+            if target.name in job.menu:
+                w = block.weights[target.name].float()
+                above = int(((w - w.mean()) > w.std()).sum())  # each matrix has a deviation of its own
+                share, n = tails.get(block.index, (0.0, 0))
+                tails[block.index] = share + above, n + w.numel()
+    return _by_block(job, {i: -above / n for i, (above, n) in tails.items()})
+
+
+def entropy(job: Survey) -> Losses:
+    """Activation entropy (LUQ, arXiv 2509.23729): a block matters more the more evenly its outputs fill clusters."""
+    return _by_block(job, {i: s.entropy for i, s in block_scores(job, entropy=True).items()})
+
+
+def _by_block(job: Survey, importance: Mapping[int, float]) -> Losses:
+    """Damage that makes the solver lower the least important blocks first.
+
+    The papers only order the blocks. Ranks, not scores, enter: any rising function of the score gives one order, and
+    with two widths and blocks of one size the exact solution is then the prefix of the papers.
+    """
+    rank = {i: r + 1 for r, (i, _) in enumerate(sorted(importance.items(), key=lambda kv: (kv[1], kv[0])))}
+    out: Losses = {}
+    for name, entries in job.menu.items():
+        index = job.streamed.block_index(name)
+        assert index is not None
+        n, k = job.streamed.targets[name].shape
+        out[name] = {e: rank[index] * n * k * 4.0**-f.code_bits for e, f in entries.items()}
+    return out
+
+
+def gradient(job: Survey) -> Losses:
+    """Gradient scores: ``sum |dL/dW . (W - Q)|`` with the whole model rounded to that option, a backward pass each.
+
+    L is the cross entropy of the text, as in AutoScheme (auto-round).
+    """
+    model = job.dense_model()
+    model.requires_grad_(False)
+    targets = {t.name: t for t in find_targets(model) if t.name in job.menu}
+    original = {n: read_weight(model, t).clone() for n, t in targets.items()}
+    rows = job.rows(GRADIENT_ROWS)
+    out: Losses = {n: {} for n in job.menu}
+    entries = list(dict.fromkeys(e for own in job.menu.values() for e in own))
+    for i, entry in enumerate(entries):
+        params = {}
+        for name, target in targets.items():
+            if entry in job.menu[name]:
+                read_weight(model, target).copy_(rounded(original[name].float(), None, job.menu[name][entry]))
+            module = model.get_submodule(target.module_path)
+            params[name] = getattr(module, target.param_name).requires_grad_(True)
+        for row in rows:
+            ids = row[None].to(model.device)
+            with torch.enable_grad():
+                (model(ids, labels=ids, use_cache=False).loss / len(rows)).backward()
+        for name, target in targets.items():
+            if entry in job.menu[name]:
+                step = original[name] - read_weight(model, target)
+                slope = read_gradient(params[name], target)
+                out[name][entry] = float((slope * step).abs().sum())
+            read_weight(model, target).copy_(original[name])
+        for p in params.values():
+            p.grad = None
+        job.progress("Gradients", i + 1, len(entries))
+    return out
+
+
+def kl(job: Survey) -> Losses:
+    """KL measured with one tensor quantized at a time: the truth for each, at a forward pass for every option."""
+    meter = KLMeter(job.dense_model(), job.rows(KL_ROWS))
+    todo = sum(len(e) for e in job.menu.values())
+    out: Losses = {}
+    done = 0
+    for block, stats in job.blocks():
+        for name in sorted(stats.keys() & job.menu.keys()):
+            out[name] = {}
+            for entry, fmt in job.menu[name].items():
+                made = quantized(block.weights[name], stats[name], fmt, job)
+                out[name][entry] = max(meter.measure({name: made}), 0.0)
+                done += 1
+                job.progress("Measuring", done, todo)
+    return out
+
+
+DAMAGE: dict[str, Callable[[Survey], Losses]] = {
+    "fisher": fisher, "hessian": hessian, "baq": baq, "weights": weights, "lim": lim, "zd": zd, "entropy": entropy,
+    "gradient": gradient, "kl": kl,
+}
+
+
+WEIGHTS_ONLY = ("weights", "zd")
+"""Damage models that need no text."""
+
+
+def measure(job: Survey, damage: str) -> Losses:
+    """What every entry of the menu does to every tensor, by the damage model of this name."""
+    return DAMAGE[damage](job)
+
+
+def quantized(weight: Tensor, stats: LayerStats, fmt: Format, job: Survey) -> Tensor:
+    """The dense values that the recipe's quantizer gives a weight, as one of a kind in the original model."""
+    made, _ = job.recipe.make_quantizer().quantize(weight, stats, [(fmt, weight.shape[1])], seed=job.seed)
+    return made.dequantize()
+
+
+def read_gradient(param: nn.Parameter, target: Target) -> Tensor:
+    """The gradient ``(N, K)`` of a target's weight."""
+    grad = param.grad
+    if grad is None:
+        return torch.zeros(target.shape)
+    if target.kind == "conv1d":
+        return grad.T
+    return grad if target.expert_index is None else grad[target.expert_index]

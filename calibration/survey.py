@@ -1,0 +1,79 @@
+"""What a damage model works from: the model, the menu, and passes over calibration text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.calibration.collect import Collector
+from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.stored import StoredStats
+from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.quant.recipe import Recipe
+from fewbits.quant.types import Format, LayerStats
+
+Progress = Callable[[str, int, int], None]
+
+Losses = dict[str, dict[str, float]]
+"""Tensor name -> entry of the menu -> damage."""
+
+
+@dataclass
+class Survey:
+    """What a damage model works from.
+
+    Attributes:
+        menu: formats to judge, by tensor and entry.
+        text: calibration rows; None only for models that look at weights alone.
+        stored: statistics of the original model on disk: read if they are complete, else written.
+    """
+
+    streamed: StreamedModel
+    recipe: Recipe
+    menu: Mapping[str, Mapping[str, Format]]
+    text: CalibrationSet | None
+    stored: StoredStats | None
+    seed: int
+    progress: Progress
+    _groups: list[list[str]] = field(default_factory=list)
+
+    def blocks(self) -> Iterator[tuple[Block, dict[str, LayerStats]]]:
+        """Each block with the statistics of the original model's inputs, by target (shared ones are one object)."""
+        settings = self.recipe.calibration.model_copy(update={"inputs": "original", "true_sequential": False})
+        recipe = self.recipe.model_copy(update={"calibration": settings, "quantizer": {"name": "gptq", "qep": 0.0}})
+        collector = Collector(self.streamed, recipe, self.menu, self.text, self.stored)
+        self._groups = []
+        total = len(self.streamed.block_modules)
+        with contextlib.closing(collector):
+            for block in self.streamed.blocks():
+                stats: dict[str, LayerStats] = {}
+                for step in collector.steps(block):
+                    own = collector.observe(block, step)
+                    for group in step:
+                        stats |= dict.fromkeys(group, own[group[0]])
+                        self._groups.append(group)
+                yield block, stats
+                collector.advance(block)
+                self.progress("Surveying", block.index + 1, total)
+        if self.stored:
+            self.stored.finish()
+
+    def groups(self) -> list[list[str]]:
+        """Targets that read one input, as the last pass saw them."""
+        return self._groups
+
+    def rows(self, n: int) -> list[Tensor]:
+        """The first ``n`` calibration rows, padding left out."""
+        assert self.text is not None
+        return [t[m] for t, m in zip(self.text.tokens[:n], self.text.mask[:n])]
+
+    def dense_model(self) -> Any:
+        """The original model, whole, in float32."""
+        from fewbits.serving.transformers import load
+
+        return load(self.streamed.source.path, device=str(self.streamed.device), dtype=torch.float32)

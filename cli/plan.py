@@ -1,0 +1,125 @@
+"""``fewbits plan``: what a budget buys, before anything is quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.cli.common import (
+    STDOUT,
+    DeviceOption,
+    JsonOption,
+    ProgressBars,
+    ThreadsOption,
+    examples,
+    report_to,
+    say,
+    show_table,
+)
+from fewbits.cli.options import (
+    BatchOption,
+    BpwOption,
+    BpwTotalOption,
+    CalibOption,
+    CtxOption,
+    FitsInOption,
+    FormatsOption,
+    MeasuredOption,
+    RecipeOption,
+    SamplesOption,
+    SeqlenOption,
+    SettingsOption,
+    SizeOption,
+    StatsOption,
+    TargetOption,
+    budget_settings,
+    predicted_and_measured,
+    read_points,
+    recipe_settings,
+)
+
+EPILOG = examples(
+    "fewbits plan ./model --bpw 3.1",
+    "fewbits plan ./model --size 90MB -o plan.json && fewbits quantize ./model -o out --plan plan.json",
+    "fewbits plan ./model --fits-in 8GB --ctx 8192 --json",
+    "fewbits plan ./model --bpw 4 --target vllm --stats ./stats",
+)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plan here, for quantize --plan.")
+    ] = None,
+    bpw: BpwOption = None,
+    bpw_total: BpwTotalOption = None,
+    size: SizeOption = None,
+    fits_in: FitsInOption = None,
+    ctx: CtxOption = None,
+    batch: BatchOption = None,
+    formats: FormatsOption = None,
+    target: TargetOption = None,
+    recipe: RecipeOption = None,
+    calib: CalibOption = None,
+    samples: SamplesOption = None,
+    seqlen: SeqlenOption = None,
+    stats: StatsOption = None,
+    settings: SettingsOption = None,
+    measured: MeasuredOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Choose a format for every tensor within a budget, and say what it will take and cost. Writes no weights."""
+    with report_to(json) as report, ProgressBars() as progress:
+        from fewbits.quant.allocate.run import plan as run
+
+        overrides = recipe_settings(settings, bits=None, group_size=None, calib=calib, samples=samples, seqlen=seqlen,
+                                    dtype=None)
+        budget = budget_settings(bpw=bpw, bpw_total=bpw_total, size=size, fits_in=fits_in, ctx=ctx, batch=batch,
+                                 formats=formats, target=target)
+        made = run(model, recipe=recipe or "auto", overrides=overrides | budget, stats=stats, device=device,
+                   threads=threads, seed=seed, measured=read_points(measured), progress=progress)
+        data = made.to_json()
+        if out is not None:
+            import json as jsonlib
+
+            from fewbits.quant.checkpoint import disk_errors, write_atomically
+
+            with disk_errors(out):
+                write_atomically(out, jsonlib.dumps(data, indent=1) + "\n")
+        report(data)
+    show_table(_table(data))
+    say(f"{made.bits_per_weight:.3f} bits per weight in the decoder blocks, {made.bits_per_weight_total:.3f} over all, "
+        f"{made.bytes} bytes of weight files, planned in {made.seconds['total']:.0f} s")
+    if made.footprint is not None:
+        f = made.footprint
+        say(f"memory: {f.total / 1e6:.1f} MB = weights {f.weights / 1e6:.1f} + KV cache {f.kv_cache / 1e6:.1f} + "
+            f"activations {f.activations / 1e6:.1f}")
+    if data["predicted"]:
+        say(predicted_and_measured(data["predicted"], None) + f" ({data['predicted']['basis']})")
+    for path in (out, json):
+        if path not in (None, STDOUT):
+            say(f"wrote {path}")
+
+
+def _table(data: dict[str, Any]) -> Any:
+    """Formats by the last part of the name: how many of each, and the mean bits."""
+    from rich.table import Table
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for t in data["tensors"]:
+        if t["linear"]:
+            rows.setdefault(t["name"].rpartition(".")[2], []).append(t)
+    table = Table("linear", "bits per weight", "formats")
+    for kind, tensors in rows.items():
+        weights = sum(8 * t["bytes"] / t["bits_per_weight"] for t in tensors)
+        counts: dict[str, int] = {}
+        for t in tensors:
+            counts[t["format"]] = counts.get(t["format"], 0) + 1
+        bits = 8 * sum(t["bytes"] for t in tensors) / weights
+        table.add_row(kind, f"{bits:.2f}", ", ".join(f"{f} x {n}" for f, n in sorted(counts.items())))
+    return table

@@ -1,0 +1,81 @@
+"""``fewbits sweep``: checkpoints for a range of budgets, predicted and measured, from one calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewbits.cli.common import (
+    STDOUT,
+    DeviceOption,
+    JsonOption,
+    ProgressBars,
+    ThreadsOption,
+    examples,
+    report_to,
+    say,
+    show_table,
+)
+from fewbits.cli.options import (
+    CalibOption,
+    FormatsOption,
+    RecipeOption,
+    SamplesOption,
+    SeqlenOption,
+    SettingsOption,
+    TargetOption,
+    budget_settings,
+    recipe_settings,
+)
+
+EPILOG = examples(
+    "fewbits sweep ./model --bpw 2:5:0.25 -o sweep",
+    "fewbits sweep ./model --bpw 2.5,3,4 -o sweep --formats int2,int3,int4,int8 --json",
+)
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    bpw: Annotated[str, typer.Option("--bpw", metavar="LOW:HIGH:STEP", help="Budgets in bits per weight.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory to write; a rerun goes on.")],
+    formats: FormatsOption = None,
+    target: TargetOption = None,
+    recipe: RecipeOption = None,
+    calib: CalibOption = None,
+    samples: SamplesOption = None,
+    seqlen: SeqlenOption = None,
+    settings: SettingsOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in DIR (it does so anyway).")] = False,
+    json: JsonOption = None,
+) -> None:
+    """Quantize for each budget of a range: a table, a plot, and KL predicted beside KL measured."""
+    with report_to(json) as report, ProgressBars() as progress:
+        from fewbits.quant.allocate.planning import parse_range
+        from fewbits.quant.allocate.run import sweep as run
+
+        overrides = recipe_settings(settings, bits=None, group_size=None, calib=calib, samples=samples, seqlen=seqlen,
+                                    dtype=None)
+        budgets = parse_range(bpw)
+        menu = budget_settings(bpw=budgets[0], bpw_total=None, size=None, fits_in=None, ctx=None, batch=None,
+                               formats=formats, target=target)
+        del menu["budget.bpw"]
+        rows = run(model, out, budgets, recipe=recipe or "auto", overrides=overrides | menu, device=device,
+                   threads=threads, seed=seed, progress=progress)
+        report({"rows": rows})
+    from rich.table import Table
+
+    table = Table("budget", "stored bits", "MB", "KL predicted", "band", "KL measured")
+    for r in rows:
+        p, m = r["predicted"], r["measured"]
+        foreseen = (f"{p['kl_mean']:.4f}", f"{p['band'][0]:.4f} to {p['band'][1]:.4f}") if p else ("", "")
+        table.add_row(f"{r['bpw']:g}", f"{r['bits_per_weight']:.3f}", f"{r['bytes'] / 1e6:.1f}", *foreseen,
+                      f"{m['kl_mean']:.4f} +- {m['kl_stderr'] or 0:.4f}")
+    show_table(table)
+    say(f"wrote {out}")
+    if json not in (None, STDOUT):
+        say(f"wrote {json}")

@@ -1,0 +1,1 @@
+"""Bit allocation: which format each tensor gets, under a budget in stored bytes."""

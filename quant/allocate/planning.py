@@ -1,0 +1,249 @@
+"""From a budget to a plan: survey the model once, then solve for as many budgets as are asked."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.sensitivity import DAMAGE, WEIGHTS_ONLY, measure
+from fewbits.calibration.stored import StoredStats
+from fewbits.calibration.stream import StreamedModel
+from fewbits.calibration.survey import Losses, Survey
+from fewbits.quant.allocate.budget import Footprint, Measure, smallest
+from fewbits.quant.allocate.evopress import Schedule
+from fewbits.quant.allocate.knapsack import Solution, solve
+from fewbits.quant.allocate.menu import Menu, Unit, build_menu, build_units
+from fewbits.quant.allocate.predict import Prediction, predict_kl
+from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
+from fewbits.quant.errors import BudgetError, RecipeError, nearest
+from fewbits.quant.plan import Assignment, assign, totals
+from fewbits.quant.recipe import Budget, Recipe
+
+Progress = Callable[[str, int, int], None]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A format for every tensor, what it takes and what it is predicted to cost.
+
+    Attributes:
+        recipe: the recipe with its ``plan`` filled in: quantizing with it carries the plan out.
+        facts: one record a tensor: name, shape, format, bits per weight, bytes, and its damage where known.
+        bytes: of the weight files.
+        predicted: KL and its band.
+        footprint: bytes of memory to run it, where the budget was one of memory.
+        price: nats that one more byte would save.
+        trust: how well the damage model ranks tensors, where that was asked for.
+        search: what a refinement changed.
+    """
+
+    recipe: Recipe
+    facts: list[dict[str, Any]]
+    bits_per_weight: float
+    bits_per_weight_total: float
+    bytes: int
+    damage: float
+    predicted: Prediction | None = None
+    footprint: Footprint | None = None
+    price: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    trust: Trust | None = None
+    search: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": PLAN_VERSION, "recipe": self.recipe.name,
+            "budget": self.recipe.budget.model_dump(exclude_none=True),
+            "bits_per_weight": self.bits_per_weight, "bits_per_weight_total": self.bits_per_weight_total,
+            "bytes": self.bytes, "damage": self.damage,
+            "predicted": None if self.predicted is None else self.predicted.to_json() | {"damage": self.damage},
+            "footprint": None if self.footprint is None else dict(self.footprint.__dict__, total=self.footprint.total),
+            "trust": None if self.trust is None else self.trust.to_json(), "search": self.search,
+            "seconds": self.seconds, "tensors": self.facts,
+        }
+
+
+class Planner:
+    """Everything about a model that plans for it need, gathered once.
+
+    Args:
+        text: calibration rows.
+        stored: statistics on disk, to be reused or kept, or None.
+
+    Raises:
+        BudgetError: the recipe's budget is below what is reachable; said before anything is calibrated.
+        RecipeError: an unknown damage model, or a menu that does not fit the engine or the model.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, recipe: Recipe, *, seed: int = 0, progress: Progress | None = None
+    ) -> None:
+        self.streamed, self.recipe, self.seed = streamed, recipe, seed
+        self._progress = progress or (lambda what, done, total: None)
+        if recipe.allocate.damage not in DAMAGE:
+            raise RecipeError(
+                f"allocate.damage: got {recipe.allocate.damage!r}, {nearest(recipe.allocate.damage, list(DAMAGE))}"
+            )
+        self.menu: Menu = build_menu(recipe, streamed)
+        self._base = assign(recipe.model_copy(update={"plan": {}}), streamed)
+        self._seconds: dict[str, float] = {}
+        self.losses: Losses = {}
+        self.trust: Trust | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.units: list[Unit] = []
+        self.require_reachable(recipe.budget)
+
+    def require_reachable(self, budget: Budget) -> None:
+        """Raise BudgetError where the budget is below the cheapest choice, naming the smallest that is reachable."""
+        if budget.given:
+            Measure(budget, self.streamed).refuse(smallest(self.menu, self._base))
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the damage model looks at more than weights."""
+        return self.recipe.allocate.damage not in WEIGHTS_ONLY
+
+    def allocation(
+        self, text: CalibrationSet | None, stored: StoredStats | None, points: Sequence[tuple[float, float]]
+    ) -> dict[str, Any]:
+        """The plan for the recipe's own budget as a run records it: formats by name, and what is predicted."""
+        self.survey(text, stored)
+        plan = self.plan(self.recipe.budget, points)
+        return {"formats": plan.recipe.plan, "damage": plan.damage, "predicted": plan.to_json()["predicted"]}
+
+    def survey(self, text: CalibrationSet | None, stored: StoredStats | None = None) -> None:
+        """Measure what every entry of the menu does to every tensor."""
+        start = time.monotonic()
+        want = self.recipe.allocate
+        if stored is None and text is not None and (want.trust or want.refine != "none"):  # several passes will read it
+            self._folder = tempfile.TemporaryDirectory(prefix="fewbits-")
+            stored = StoredStats(Path(self._folder.name), {})
+        self._job = job = Survey(self.streamed, self.recipe, self.menu, text, stored, self.seed, self._progress)
+        self.losses = measure(job, want.damage)
+        self.units = build_units(self.menu, self.streamed, job.groups(), self.recipe)
+        self._seconds["survey"] = time.monotonic() - start
+        if want.trust and text is not None:
+            start = time.monotonic()
+            self.trust = measure_trust(job, self.losses, want.trust)
+            self._seconds["trust"] = time.monotonic() - start
+            require_trust(self.trust, want.damage)
+
+    def plan(self, budget: Budget, points: Sequence[tuple[float, float]] = ()) -> Plan:
+        """The plan with the least damage within a budget.
+
+        Args:
+            points: ``(damage, measured KL)`` of earlier runs on this model, for the prediction.
+
+        Raises:
+            BudgetError: it cannot be met.
+        """
+        start = time.monotonic()
+        self.require_reachable(budget)
+        budgeted = Measure(budget, self.streamed)
+        losses = [[sum(self.losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
+        solution, chosen, spare = self._within(budgeted, losses)
+        choice, search_facts = list(solution.choice), None
+        if self.recipe.allocate.refine == "evopress":
+            want = self.recipe.allocate
+            choice, search_facts = search(
+                self._job, self.units, losses, choice, spare,
+                Schedule(generations=want.generations, offspring=want.offspring),
+            )
+            chosen = self._assignment(choice)
+        facts = chosen.facts(self.streamed)
+        entries = {n: u.entries[i] for u, i in zip(self.units, choice) for n in u.names}
+        for fact in facts:
+            if fact["name"] in entries:
+                fact["damage"] = self.losses[fact["name"]][entries[fact["name"]]]
+        blocks, everything = totals(facts)
+        formats = {name: fmt.name for name, fmt in chosen.formats.items()}
+        recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
+        damage = sum(e[i] for e, i in zip(losses, choice))
+        in_nats = self.recipe.allocate.damage in ("fisher", "kl")
+        return Plan(
+            recipe, facts, blocks, everything, Measure(Budget(size=1), self.streamed).cost(chosen), damage,
+            predict_kl(damage, points) if in_nats or points else None,
+            budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,
+            {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts,
+        )
+
+    def _within(self, measure: Measure, losses: list[list[float]]) -> tuple[Solution, Assignment, int]:
+        """Solve, and where a file's header came out longer than foreseen, again with that much less.
+
+        Also returns the bytes that the units may take.
+        """
+        cheapest = self._assignment([min(range(len(u.costs)), key=u.costs.__getitem__) for u in self.units])
+        fixed = measure.cost(cheapest) - sum(min(u.costs) for u in self.units)
+        spare = measure.limit(cheapest) - fixed
+        while True:
+            solution = solve([u.costs for u in self.units], losses, spare)
+            chosen = self._assignment(solution.choice)
+            over = measure.cost(chosen) - measure.limit(chosen)
+            if over <= 0:
+                return solution, chosen, spare
+            spare -= over
+
+    def _assignment(self, choice: Sequence[int]) -> Assignment:
+        formats = dict(self._base.formats)
+        for unit, i in zip(self.units, choice):
+            formats |= {name: self.menu[name][unit.entries[i]] for name in unit.names}
+        return Assignment(formats, self._base.targets, self._base.outside_names)
+
+
+def read_plan(path: Path, recipe: Recipe, streamed: StreamedModel) -> Recipe:
+    """The recipe that carries out a plan file, as ``fewbits plan`` wrote it or a person edited it.
+
+    Raises:
+        RecipeError: not a plan, or it names a tensor that the model does not have.
+        FormatError: a format is unknown or does not fit.
+    """
+    try:
+        data = json.loads(path.read_text())
+        rows = {t["name"]: t["format"] for t in data["tensors"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"--plan {path}: is not a plan ({type(error).__name__}: {error}); write one with "
+                          "fewbits plan") from error
+    formats = {}
+    for name, fmt in rows.items():
+        if name in streamed.targets and not _is_dtype(fmt):
+            formats[name] = fmt
+        elif not _is_dtype(fmt):
+            raise RecipeError(f"--plan {path}: {name}: the model has no such tensor; "
+                              f"{nearest(name, list(streamed.targets))}")
+    if not formats:
+        raise RecipeError(f"--plan {path}: quantizes nothing; give a tensor a format such as int4_g64")
+    return recipe.model_copy(update={"plan": formats})
+
+
+def _is_dtype(name: object) -> bool:
+    import torch
+
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
+
+
+def parse_range(text: str) -> list[float]:
+    """``2:5:0.25`` or ``2.5,3,4``: budgets in bits per weight.
+
+    Raises:
+        BudgetError: not a range.
+    """
+    try:
+        if ":" in text:
+            low, high, step = (float(p) for p in text.split(":"))
+            if step > 0 and 0 < low <= high:
+                return [round(low + i * step, 6) for i in range(int((high - low) / step + 1e-9) + 1)]
+        else:
+            values = [float(p) for p in text.split(",")]
+            if all(v > 0 for v in values):
+                return values
+    except ValueError:
+        pass
+    raise BudgetError(f"--bpw: got {text!r}, needed low:high:step such as 2:5:0.25, or a list such as 2.5,3,4")
