@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewbits.calibration.stream import find_blocks
 from fewbits.quant.targets import find_targets, read_weight
 
 
 class KLMeter:
     """Measures KL(original || changed) in nats per token, the mean over every position of fixed rows.
 
+    Blocks in front of the first change are not run again: what leaves them is kept.
+
     Args:
         model: the original model, dense; it is changed for the time of a measurement and put back.
-        rows: token ids ``(T,)`` of each sequence. Logits of the original are kept in float16 (tokens x vocabulary x 2
-            bytes), which moves a KL by less than 1e-4.
+        rows: token ids ``(T,)`` of each sequence. Kept for each token: its log-probabilities (float32) and its hidden
+            state in front of every block.
     """
 
     def __init__(self, model: Any, rows: Sequence[Tensor]) -> None:
         self._model, self._rows = model, rows
         self._targets = {t.name: t for t in find_targets(model)}
-        self._original = [self._logits(row).half() for row in rows]
+        self._path = find_blocks(model)
+        self._blocks = model.get_submodule(self._path)
+        self._hidden: list[list[Tensor]] = []
+        self._original = []
+        for row in rows:
+            kept: list[Tensor] = []
+            hooks = [b.register_forward_pre_hook(lambda m, args, k=kept: k.append(args[0])) for b in self._blocks]
+            self._original.append(self._logits(row).float().log_softmax(-1))
+            for hook in hooks:
+                hook.remove()
+            self._hidden.append(kept)
 
     def measure(self, weights: Mapping[str, Tensor]) -> float:
         """KL with these weights ``(N, K)`` in place of the original's, by name."""
@@ -33,24 +47,48 @@ class KLMeter:
         """The same for each row (of ``rows``, or all): ``(R,)`` float64."""
         before = {n: read_weight(self._model, self._targets[n]).clone() for n in weights}
         try:
-            self.put(weights)
+            self._put(weights)
             picked = range(len(self._rows)) if rows is None else rows
-            return torch.tensor([self._kl(i) for i in picked], dtype=torch.float64)
+            return torch.tensor([self._kl(i, self._first_block(weights)) for i in picked], dtype=torch.float64)
         finally:
-            self.put(before)
+            self._put(before)
 
-    def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace weights and leave them so."""
+    def rebase(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights for good: later measurements change this model, and are still against the original."""
+        self._put(weights)
+        self._hidden = [[] for _ in self._rows]
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
             read_weight(self._model, self._targets[name]).copy_(weight)
+
+    def _first_block(self, weights: Mapping[str, Tensor]) -> int:
+        prefix = self._path + "."
+        if not all(name.startswith(prefix) for name in weights):
+            return 0
+        return min((int(n[len(prefix) :].partition(".")[0]) for n in weights), default=0)
 
     def _logits(self, row: Tensor) -> Tensor:
         with torch.no_grad():
             return self._model(row[None].to(self._model.device), use_cache=False).logits[0]
 
-    def _kl(self, i: int) -> float:
+    def _kl(self, i: int, first: int) -> float:
+        with self._starting_at(first if self._hidden[i] else 0, i):
+            logits = self._logits(self._rows[i])
         total = 0.0
-        for changed, original in zip(self._logits(self._rows[i]).split(256), self._original[i].split(256)):
-            p, q = original.float().log_softmax(-1), changed.float().log_softmax(-1)
+        for changed, p in zip(logits.split(128), self._original[i].split(128)):
+            q = changed.float().log_softmax(-1)
             total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         return total / len(self._rows[i])
+
+    @contextmanager
+    def _starting_at(self, first: int, i: int) -> Iterator[None]:
+        """Inside, the model runs from block ``first`` on, whose input is the one kept of row ``i``."""
+        skipped = list(self._blocks)[:first]
+        for block in skipped:
+            block.forward = lambda states, *args, **kwargs: self._hidden[i][first]
+        try:
+            yield
+        finally:
+            for block in skipped:
+                del block.forward

@@ -18,6 +18,10 @@ from fewbits.quant.types import Format, LayerStats
 CURVATURE_ROWS, GRADIENT_ROWS, KL_ROWS = 16, 8, 4
 """Calibration rows that gradients and measured KL are taken over: changes numbers by their noise."""
 
+MEASURED_ROWS, MEASURED_LENGTH = 3, 256
+MOST_OFF = 4.0
+"""Largest factor by which one measurement corrects a tensor: beyond it, it is noise."""
+
 
 def fisher(job: Survey) -> Losses:
     """Error feedback's loss weighted by the curvature of the output: nats per token, and the default."""
@@ -26,6 +30,27 @@ def fisher(job: Survey) -> Losses:
     curvature = output_curvature(model, targets, job.rows(CURVATURE_ROWS), seed=job.seed, progress=job.progress)
     del model
     return _feedback(job, curvature)
+
+
+def measured(job: Survey) -> Losses:
+    """``fisher``, with each tensor scaled to the KL that its cheapest entry alone costs when it is measured.
+
+    One measurement a tensor: what the curvature misses (errors that add up over tokens, inputs and gradients that are
+    large together) belongs to the tensor, and is about the same at every width.
+    """
+    losses = fisher(job)
+    meter = KLMeter(job.dense_model(), [row[:MEASURED_LENGTH] for row in job.rows(CURVATURE_ROWS)[-MEASURED_ROWS:]])
+    done = 0
+    for block, stats in job.blocks():
+        for name in sorted(stats.keys() & job.menu.keys()):
+            entry = max(losses[name], key=losses[name].__getitem__)
+            made = quantized(block.weights[name], stats[name], job.menu[name][entry], job)
+            ratio = meter.measure({name: made}) / max(losses[name][entry], 1e-30)
+            ratio = min(max(ratio, 1 / MOST_OFF), MOST_OFF)
+            losses[name] = {e: ratio * d for e, d in losses[name].items()}
+            done += 1
+            job.progress("Measuring", done, len(job.menu))
+    return losses
 
 
 def hessian(job: Survey) -> Losses:
@@ -165,8 +190,8 @@ def kl(job: Survey) -> Losses:
 
 
 DAMAGE: dict[str, Callable[[Survey], Losses]] = {
-    "fisher": fisher, "hessian": hessian, "baq": baq, "weights": weights, "lim": lim, "zd": zd, "entropy": entropy,
-    "gradient": gradient, "kl": kl,
+    "measured": measured, "fisher": fisher, "hessian": hessian, "baq": baq, "weights": weights, "lim": lim, "zd": zd,
+    "entropy": entropy, "gradient": gradient, "kl": kl,
 }
 
 

@@ -109,7 +109,7 @@ class Budget(_Table):
 class Allocate(_Table):
     """How a budget is spent."""
 
-    damage: str = Field("fisher", description="the model of what a format does to a tensor")
+    damage: str = Field("measured", description="the model of what a format does to a tensor")
     formats: list[str] = Field([], description="the menu, e.g. int2_g64, or int2 for the group size auto")
     unit: Literal["tensor", "block"] = Field("tensor", description="what gets one format of its own")
     target: Literal["fewbits", "vllm", "sglang", "transformers", "llama.cpp"] = "fewbits"

@@ -123,7 +123,9 @@ class Planner:
         """Measure what every entry of the menu does to every tensor."""
         start = time.monotonic()
         want = self.recipe.allocate
-        if stored is None and text is not None and (want.trust or want.refine != "none"):  # several passes will read it
+        if stored is None and text is not None and (
+            want.trust or want.refine != "none" or want.damage == "measured"
+        ):  # several passes will read it
             self._folder = tempfile.TemporaryDirectory(prefix="fewbits-")
             stored = StoredStats(Path(self._folder.name), {})
         self._job = job = Survey(self.streamed, self.recipe, self.menu, text, stored, self.seed, self._progress)
@@ -167,7 +169,7 @@ class Planner:
         formats = {name: fmt.name for name, fmt in chosen.formats.items()}
         recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
         damage = sum(e[i] for e, i in zip(losses, choice))
-        in_nats = self.recipe.allocate.damage in ("fisher", "kl")
+        in_nats = self.recipe.allocate.damage in ("measured", "fisher", "kl")
         return Plan(
             recipe, facts, blocks, everything, Measure(Budget(size=1), self.streamed).cost(chosen), damage,
             predict_kl(damage, points) if in_nats or points else None,

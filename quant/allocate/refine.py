@@ -18,7 +18,7 @@ from fewbits.quant.errors import RecipeError
 TRUSTED = 0.6
 """Least Spearman correlation with measured KL at which a damage model may decide."""
 
-_LOGIT_BYTES = 1 << 30
+_LOGIT_BYTES = 3 << 30
 _HELD_OUT = 6
 
 
@@ -85,14 +85,14 @@ def search(
     assert job.text is not None
     rows = job.rows(len(job.text.tokens))
     vocabulary = job.streamed.model.get_input_embeddings().weight.shape[0]
-    limit = max(4 + _HELD_OUT, int(_LOGIT_BYTES // (len(rows[0]) * vocabulary * 2)))
+    limit = max(4 + _HELD_OUT, int(_LOGIT_BYTES // (len(rows[0]) * vocabulary * 4)))
     rows = rows[-limit:]  # the first ones are what the damage model has seen
     meter = KLMeter(job.dense_model(), rows)
 
     def weights(choice: Choice) -> Mapping[str, Tensor]:
         return {n: levels.dense(n, u.entries[w[i]]) for u, w, i in zip(units, windows, choice) for n in u.names}
 
-    meter.put(weights(first))
+    meter.rebase(weights(first))
 
     def fitness(choice: Choice, picked: Sequence[int]) -> Tensor:
         changed = [u for u, (a, b) in enumerate(zip(first, choice)) if a != b]
