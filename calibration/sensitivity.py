@@ -25,7 +25,7 @@ MOST_OFF = 4.0
 
 def fisher(job: Survey) -> Losses:
     """Error feedback's loss weighted by the curvature of the output: nats per token, and the default."""
-    model = job.dense_model()
+    model = job.dense_model(job.streamed.dtype)  # mean squares: rounding of the gradients averages out
     targets = [t for t in find_targets(model) if t.name in job.menu]
     curvature = output_curvature(model, targets, job.rows(CURVATURE_ROWS), seed=job.seed, progress=job.progress)
     del model

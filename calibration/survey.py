@@ -72,8 +72,8 @@ class Survey:
         assert self.text is not None
         return [t[m] for t, m in zip(self.text.tokens[:n], self.text.mask[:n])]
 
-    def dense_model(self) -> Any:
-        """The original model, whole, in float32."""
+    def dense_model(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The original model, whole."""
         from fewbits.serving.transformers import load
 
-        return load(self.streamed.source.path, device=str(self.streamed.device), dtype=torch.float32)
+        return load(self.streamed.source.path, device=str(self.streamed.device), dtype=dtype)
