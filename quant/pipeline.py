@@ -251,7 +251,7 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
 
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # mallopt's names for them
-_LARGE_BYTES = 2 << 20
+_LARGE_BYTES = 1 << 20
 
 
 def _tame_malloc() -> None:
