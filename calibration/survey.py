@@ -64,7 +64,14 @@ class Survey:
             self.stored.finish()
 
     def groups(self) -> list[list[str]]:
-        """Targets that read one input, as the last pass saw them."""
+        """Targets that read one input, as the last pass saw them; or a short pass over a few tokens, to see them."""
+        if not self._groups:
+            ids = torch.arange(8)[None]
+            with self.streamed.outer():
+                (hidden,), (calls,) = self.streamed.first_inputs([ids])
+            for block in self.streamed.blocks():
+                self._groups += block.shared_inputs(hidden, calls[block.index])
+                hidden = block.run(hidden, calls[block.index])
         return self._groups
 
     def rows(self, n: int) -> list[Tensor]:

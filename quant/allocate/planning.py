@@ -18,7 +18,7 @@ from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.allocate.budget import Footprint, Measure, smallest
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
-from fewbits.quant.allocate.menu import Menu, Unit, build_menu, build_units
+from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
 from fewbits.quant.allocate.predict import Prediction, predict_kl
 from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
@@ -74,10 +74,6 @@ class Plan:
 class Planner:
     """Everything about a model that plans for it need, gathered once.
 
-    Args:
-        text: calibration rows.
-        stored: statistics on disk, to be reused or kept, or None.
-
     Raises:
         BudgetError: the recipe's budget is below what is reachable; said before anything is calibrated.
         RecipeError: an unknown damage model, or a menu that does not fit the engine or the model.
@@ -120,7 +116,15 @@ class Planner:
         return {"formats": plan.recipe.plan, "damage": plan.damage, "predicted": plan.to_json()["predicted"]}
 
     def survey(self, text: CalibrationSet | None, stored: StoredStats | None = None) -> None:
-        """Measure what every entry of the menu does to every tensor."""
+        """Find what every entry of the menu does to every tensor.
+
+        Args:
+            text: calibration rows; None for damage models that look at weights alone.
+            stored: statistics on disk, to be reused or kept, or None.
+
+        Raises:
+            RecipeError: measured KL does not bear the damage model out.
+        """
         start = time.monotonic()
         want = self.recipe.allocate
         if stored is None and text is not None and (
@@ -130,7 +134,8 @@ class Planner:
             stored = StoredStats(Path(self._folder.name), {})
         self._job = job = Survey(self.streamed, self.recipe, self.menu, text, stored, self.seed, self._progress)
         self.losses = measure(job, want.damage)
-        self.units = build_units(self.menu, self.streamed, job.groups(), self.recipe)
+        groups = job.groups() if ENGINES[want.target].fused else []
+        self.units = build_units(self.menu, self.streamed, groups, self.recipe)
         self._seconds["survey"] = time.monotonic() - start
         if want.trust and text is not None:
             start = time.monotonic()

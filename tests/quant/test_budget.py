@@ -144,6 +144,21 @@ def test_engines_limit_the_menu_and_tie_what_they_fuse(tiny) -> None:
         _planner(tiny("llama"), allocate__target="vllm", allocate__formats=["int3_g32"])
 
 
+@pytest.mark.parametrize("damage", ["zd", "fisher"])
+def test_ties_are_found_whatever_the_damage_model_looks_at(tiny, damage: str) -> None:
+    from fewbits.quant.prepare import load_text
+
+    menu = ["int4_sym_g32", "int8_sym_g32"]
+    planner = _planner(tiny("llama"), allocate__target="vllm", allocate__formats=menu, allocate__damage=damage)
+    text = load_text(planner.recipe, planner.streamed, 0, held_out=False)[0] if planner.needs_text else None
+    planner.survey(text)
+    for bpw in (5.2, 6.1, 7.3):
+        formats = planner.plan(Budget(bpw=bpw)).recipe.plan
+        for i in range(2):
+            assert len({formats[f"model.layers.{i}.self_attn.{p}_proj"] for p in "qkv"}) == 1
+            assert len({formats[f"model.layers.{i}.mlp.{p}_proj"] for p in ("gate", "up")}) == 1
+
+
 def test_experts_of_a_layer_share_a_format(tiny) -> None:
     planner = _with_made_up_losses(_planner(tiny("qwen3-moe")))
     plan = planner.plan(Budget(bpw=4.2))
