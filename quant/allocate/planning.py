@@ -19,7 +19,7 @@ from fewbits.quant.allocate.budget import Footprint, Measure, smallest
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
 from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
-from fewbits.quant.allocate.predict import Prediction, predict_kl
+from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prior
 from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
 from fewbits.quant.plan import Assignment, assign, totals
@@ -38,7 +38,8 @@ class Plan:
         recipe: the recipe with its ``plan`` filled in: quantizing with it carries the plan out.
         facts: one record a tensor: name, shape, format, bits per weight, bytes, and its damage where known.
         bytes: of the weight files.
-        predicted: KL and its band.
+        prior: what the scaling law says from parameters and bits alone.
+        predicted: KL and its band, from the damage.
         footprint: bytes of memory to run it, where the budget was one of memory.
         price: nats that one more byte would save.
         trust: how well the damage model ranks tensors, where that was asked for.
@@ -51,6 +52,7 @@ class Plan:
     bits_per_weight_total: float
     bytes: int
     damage: float
+    prior: Prediction
     predicted: Prediction | None = None
     footprint: Footprint | None = None
     price: float = 0.0
@@ -63,7 +65,7 @@ class Plan:
             "version": PLAN_VERSION, "recipe": self.recipe.name,
             "budget": self.recipe.budget.model_dump(exclude_none=True),
             "bits_per_weight": self.bits_per_weight, "bits_per_weight_total": self.bits_per_weight_total,
-            "bytes": self.bytes, "damage": self.damage,
+            "bytes": self.bytes, "damage": self.damage, "prior": self.prior.to_json(),
             "predicted": None if self.predicted is None else self.predicted.to_json() | {"damage": self.damage},
             "footprint": None if self.footprint is None else dict(self.footprint.__dict__, total=self.footprint.total),
             "trust": None if self.trust is None else self.trust.to_json(), "search": self.search,
@@ -174,13 +176,18 @@ class Planner:
         formats = {name: fmt.name for name, fmt in chosen.formats.items()}
         recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
         damage = sum(e[i] for e, i in zip(losses, choice))
-        in_nats = self.recipe.allocate.damage in ("measured", "fisher", "kl")
+        model = self.recipe.allocate.damage
         return Plan(
             recipe, facts, blocks, everything, Measure(Budget(size=1), self.streamed).cost(chosen), damage,
-            predict_kl(damage, points) if in_nats or points else None,
+            self._prior(chosen),
+            predict_kl(damage, model, points) if in_nats(model) or points else None,
             budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,
             {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts,
         )
+
+    def _prior(self, chosen: Assignment) -> Prediction:
+        weights = {n: n_out * n_in for n, (n_out, n_in) in ((n, chosen.targets[n].shape) for n in chosen.formats)}
+        return prior(sum(weights.values()), None, [(weights[n], f.code_bits) for n, f in chosen.formats.items()])
 
     def _within(self, measure: Measure, losses: list[list[float]]) -> tuple[Solution, Assignment, int]:
         """Solve, and where a file's header came out longer than foreseen, again with that much less.

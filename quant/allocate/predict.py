@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# KL = _FACTOR * damage ** _POWER, fitted to uniform GPTQ at 2, 3 and 4 bits of a model with 135 M parameters
-# (docs/results.md); the band is what other models and formats may need, not an error of the fit.
-_FACTOR, _POWER = 1.66, 1.07
+# KL = factor * damage ** _POWER. Of fisher the factor was fitted to uniform GPTQ at 2, 3 and 4 bits of a model with
+# 135 M parameters, of measured damage to the plans of recipe auto for it (docs/results.md); the band is what other
+# models and formats may need, not an error of the fit.
+_FACTORS = {"fisher": 1.66, "measured": 1.2, "kl": 1.2}
+_POWER = 1.07
 _PRIOR_BAND = 2.0
 _POINT_BAND = 1.2
 
@@ -35,10 +37,16 @@ class Prediction:
         return {"kl_mean": self.kl, "kl_stderr": None, "band": [self.low, self.high], "basis": self.basis}
 
 
-def predict_kl(damage: float, points: Sequence[tuple[float, float]] = ()) -> Prediction:
+def in_nats(damage_model: str) -> bool:
+    """Whether the damages of a model add up to a KL by their own units."""
+    return damage_model in _FACTORS
+
+
+def predict_kl(damage: float, damage_model: str, points: Sequence[tuple[float, float]] = ()) -> Prediction:
     """KL from the summed damage of a plan.
 
     Args:
+        damage_model: which one made it; one that is not in nats needs points.
         points: ``(damage, measured KL)`` of earlier runs on this model and text. With any, the factor of the power law
             is theirs, nearer points counting more; with two or more that differ, so is the power.
     """
@@ -47,11 +55,11 @@ def predict_kl(damage: float, points: Sequence[tuple[float, float]] = ()) -> Pre
     known = [(math.log(d), math.log(kl)) for d, kl in points if d > 0 and kl > 0]
     x = math.log(damage)
     if not known:
-        return _banded(math.log(_FACTOR) + _POWER * x, _PRIOR_BAND, "damage model, not measured on this model")
+        return _banded(math.log(_FACTORS[damage_model]) + _POWER * x, _PRIOR_BAND, "damage, not measured on this model")
     power = _power(known)
     weights = [math.exp(-abs(x - at)) for at, _ in known]
     offset = sum(w * (y - power * at) for w, (at, y) in zip(weights, known)) / sum(weights)
-    return _banded(offset + power * x, _POINT_BAND, f"damage model, {len(known)} measured point(s) of this model")
+    return _banded(offset + power * x, _POINT_BAND, f"damage, {len(known)} measured point(s) of this model")
 
 
 def _power(known: list[tuple[float, float]]) -> float:
