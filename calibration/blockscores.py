@@ -28,12 +28,10 @@ class BlockScore:
     Attributes:
         cosine: mean over tokens of the cosine between the hidden state that enters and the one that leaves.
         entropy: of the clusters that its outputs fall into, bits: mean over seeds.
-        entropy_sd: over seeds.
     """
 
     cosine: float
     entropy: float = 0.0
-    entropy_sd: float = 0.0
 
 
 def block_scores(job: Survey, *, entropy: bool = False) -> dict[int, BlockScore]:
@@ -60,8 +58,8 @@ def block_scores(job: Survey, *, entropy: bool = False) -> dict[int, BlockScore]
             if entropy:
                 outputs.append(y)
         cosine = float(torch.cat(cosines).mean())
-        found = cluster_entropy(torch.cat(outputs), seed=job.seed) if entropy else (0.0, 0.0)
-        out[block.index] = BlockScore(cosine, *found)
+        spread = cluster_entropy(torch.cat(outputs), seed=job.seed)[0] if entropy else 0.0
+        out[block.index] = BlockScore(cosine, spread)
         job.progress("Scoring blocks", block.index + 1, total)
     return out
 

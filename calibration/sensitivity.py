@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.calibration.blockscores import block_scores
 from fewbits.calibration.curvature import output_curvature
 from fewbits.calibration.feedback import conditional_curvature, feedback_damage, rounded, sample_rows
 from fewbits.calibration.meter import KLMeter
 from fewbits.calibration.survey import Losses, Survey
-from fewbits.quant.targets import Target, find_targets, read_weight
-from fewbits.quant.types import Format, LayerStats
+from fewbits.quant.targets import as_matrix, find_targets, read_weight
 
 CURVATURE_ROWS, GRADIENT_ROWS, KL_ROWS = 16, 8, 4
 """Calibration rows that gradients and measured KL are taken over: changes numbers by their noise."""
@@ -40,16 +39,10 @@ def measured(job: Survey) -> Losses:
     """
     losses = fisher(job)
     meter = KLMeter(job.dense_model(), [row[:MEASURED_LENGTH] for row in job.rows(CURVATURE_ROWS)[-MEASURED_ROWS:]])
-    done = 0
-    for block, stats in job.blocks():
-        for name in sorted(stats.keys() & job.menu.keys()):
-            entry = max(losses[name], key=losses[name].__getitem__)
-            made = quantized(block.weights[name], stats[name], job.menu[name][entry], job)
-            ratio = meter.measure({name: made}) / max(losses[name][entry], 1e-30)
-            ratio = min(max(ratio, 1 / MOST_OFF), MOST_OFF)
-            losses[name] = {e: ratio * d for e, d in losses[name].items()}
-            done += 1
-            job.progress("Measuring", done, len(job.menu))
+    worst = {name: [max(own, key=own.__getitem__)] for name, own in losses.items()}
+    for name, entry, found in measured_alone(job, meter, worst):
+        ratio = min(max(found / max(losses[name][entry], 1e-30), 1 / MOST_OFF), MOST_OFF)
+        losses[name] = {e: ratio * d for e, d in losses[name].items()}
     return losses
 
 
@@ -163,8 +156,8 @@ def gradient(job: Survey) -> Losses:
         for name, target in targets.items():
             if entry in job.menu[name]:
                 step = original[name] - read_weight(model, target)
-                slope = read_gradient(params[name], target)
-                out[name][entry] = float((slope * step).abs().sum())
+                slope = params[name].grad
+                out[name][entry] = 0.0 if slope is None else float((as_matrix(slope, target) * step).abs().sum())
             read_weight(model, target).copy_(original[name])
         for p in params.values():
             p.grad = None
@@ -175,18 +168,27 @@ def gradient(job: Survey) -> Losses:
 def kl(job: Survey) -> Losses:
     """KL measured with one tensor quantized at a time: the truth for each, at a forward pass for every option."""
     meter = KLMeter(job.dense_model(), job.rows(KL_ROWS))
-    todo = sum(len(e) for e in job.menu.values())
-    out: Losses = {}
-    done = 0
+    out: Losses = {name: {} for name in job.menu}
+    for name, entry, found in measured_alone(job, meter, job.menu):
+        out[name][entry] = max(found, 0.0)
+    return out
+
+
+def measured_alone(
+    job: Survey, meter: KLMeter, wanted: Mapping[str, Iterable[str]]
+) -> Iterator[tuple[str, str, float]]:
+    """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone by the recipe's quantizer."""
+    quantizer = job.recipe.make_quantizer()
+    todo, done = sum(len(list(entries)) for entries in wanted.values()), 0
     for block, stats in job.blocks():
-        for name in sorted(stats.keys() & job.menu.keys()):
-            out[name] = {}
-            for entry, fmt in job.menu[name].items():
-                made = quantized(block.weights[name], stats[name], fmt, job)
-                out[name][entry] = max(meter.measure({name: made}), 0.0)
+        for name in sorted(stats.keys() & wanted.keys()):
+            weight = block.weights[name]
+            for entry in wanted[name]:
+                layout = [(job.menu[name][entry], weight.shape[1])]
+                made, _ = quantizer.quantize(weight, stats[name], layout, seed=job.seed)
+                yield name, entry, meter.measure({name: made.dequantize()})
                 done += 1
                 job.progress("Measuring", done, todo)
-    return out
 
 
 DAMAGE: dict[str, Callable[[Survey], Losses]] = {
@@ -202,19 +204,3 @@ WEIGHTS_ONLY = ("weights", "zd")
 def measure(job: Survey, damage: str) -> Losses:
     """What every entry of the menu does to every tensor, by the damage model of this name."""
     return DAMAGE[damage](job)
-
-
-def quantized(weight: Tensor, stats: LayerStats, fmt: Format, job: Survey) -> Tensor:
-    """The dense values that the recipe's quantizer gives a weight, as one of a kind in the original model."""
-    made, _ = job.recipe.make_quantizer().quantize(weight, stats, [(fmt, weight.shape[1])], seed=job.seed)
-    return made.dequantize()
-
-
-def read_gradient(param: nn.Parameter, target: Target) -> Tensor:
-    """The gradient ``(N, K)`` of a target's weight."""
-    grad = param.grad
-    if grad is None:
-        return torch.zeros(target.shape)
-    if target.kind == "conv1d":
-        return grad.T
-    return grad if target.expert_index is None else grad[target.expert_index]

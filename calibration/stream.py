@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewbits.calibration.stats import InputTap, OnInput
 from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
-from fewbits.quant.targets import Target, find_targets, read_weight
+from fewbits.quant.targets import Target, as_matrix, find_targets, read_weight
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass; changes results by float rounding only."""
@@ -409,9 +409,7 @@ class Block:
         out = {}
         for t in self.targets:
             owner = module.get_submodule(t.module_path[len(self.name) + 1 :]) if t.module_path != self.name else module
-            param = getattr(owner, t.param_name)
-            weight = param if t.expert_index is None else param[t.expert_index]
-            out[weight.data_ptr()] = t.name
+            out[as_matrix(getattr(owner, t.param_name), t).data_ptr()] = t.name
         return out
 
     def shared_inputs(self, hidden: Tensor, call: Call) -> list[list[str]]:

@@ -22,6 +22,7 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the report as JSON to FILE, or alone: to standard output."),
 ]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1; default: a GPU if any."),

@@ -12,6 +12,7 @@ from fewbits.cli.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    ModelArgument,
     ProgressBars,
     ThreadsOption,
     examples,
@@ -28,7 +29,7 @@ EPILOG = examples(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    model: ModelArgument,
     baseline: Annotated[
         str | None, typer.Option("--baseline", metavar="MODEL", help="Also measure the KL divergence from this model.")
     ] = None,

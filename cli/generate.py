@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.common import DeviceOption, DtypeOption, ThreadsOption, examples, report_to, say
+from fewbits.cli.common import DeviceOption, DtypeOption, ModelArgument, ThreadsOption, examples, report_to, say
 from fewbits.quant.errors import FewbitsError
 
 EPILOG = examples(
@@ -20,7 +20,7 @@ DEFAULT_NEW_TOKENS = 64
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    model: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads standard input.")],
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="At most N new tokens; default 64.")

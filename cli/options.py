@@ -31,6 +31,7 @@ StatsOption = Annotated[
 SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Any recipe key, e.g. quantizer.damp.")
 ]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")]
 BpwOption = Annotated[
     float | None, typer.Option("--bpw", metavar="X", help="Budget: bits per weight over the linears of the blocks.")
 ]
@@ -58,8 +59,8 @@ MeasuredOption = Annotated[
 
 
 def recipe_settings(
-    settings: list[str] | None, *, bits: int | None, group_size: str | None, calib: list[str] | None,
-    samples: int | None, seqlen: int | None, dtype: str | None,
+    settings: list[str] | None, *, calib: list[str] | None, samples: int | None, seqlen: int | None,
+    bits: int | None = None, group_size: str | None = None, dtype: str | None = None,
 ) -> dict[str, Any]:
     """Recipe keys that the flags set; flags win over ``--set``."""
     from fewbits.quant.recipe import parse_settings
@@ -103,7 +104,13 @@ def budget_settings(
     if formats is not None and not flags:
         raise BudgetError("--formats: got no budget to spend on them; give --bpw, --size or --fits-in, "
                           "or name one format by --bits and --group-size")
-    keys = {f"budget.{k}": v for k, v in {**given, "ctx": ctx, "batch": batch}.items()} | {
+    keys = {f"budget.{k}": v for k, v in {**given, "ctx": ctx, "batch": batch}.items()}
+    return {k: v for k, v in keys.items() if v is not None} | menu_settings(formats, target)
+
+
+def menu_settings(formats: str | None, target: str | None) -> dict[str, Any]:
+    """Recipe keys that ``--formats`` and ``--target`` set."""
+    keys = {
         "allocate.formats": None if formats is None else [f for f in formats.replace(" ", "").split(",") if f],
         "allocate.target": target,
     }

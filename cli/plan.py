@@ -11,6 +11,7 @@ from fewbits.cli.common import (
     STDOUT,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     ProgressBars,
     ThreadsOption,
     examples,
@@ -29,6 +30,7 @@ from fewbits.cli.options import (
     MeasuredOption,
     RecipeOption,
     SamplesOption,
+    SeedOption,
     SeqlenOption,
     SettingsOption,
     SizeOption,
@@ -49,7 +51,7 @@ EPILOG = examples(
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    model: ModelArgument,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the plan here, for quantize --plan.")
     ] = None,
@@ -70,15 +72,14 @@ def plan(
     measured: MeasuredOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,
+    seed: SeedOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Choose a format for every tensor within a budget, and say what it will take and cost. Writes no weights."""
     with report_to(json) as report, ProgressBars() as progress:
         from fewbits.quant.allocate.run import plan as run
 
-        overrides = recipe_settings(settings, bits=None, group_size=None, calib=calib, samples=samples, seqlen=seqlen,
-                                    dtype=None)
+        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen)
         budget = budget_settings(bpw=bpw, bpw_total=bpw_total, size=size, fits_in=fits_in, ctx=ctx, batch=batch,
                                  formats=formats, target=target)
         made = run(model, recipe=recipe or "auto", overrides=overrides | budget, stats=stats, device=device,

@@ -11,6 +11,7 @@ from fewbits.cli.common import (
     STDOUT,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     ProgressBars,
     ThreadsOption,
     examples,
@@ -31,6 +32,7 @@ from fewbits.cli.options import (
     MeasuredOption,
     RecipeOption,
     SamplesOption,
+    SeedOption,
     SeqlenOption,
     SettingsOption,
     SizeOption,
@@ -55,7 +57,7 @@ _LATER = "Not built yet: refused."
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to write.")],
     recipe: RecipeOption = None,
     bits: BitsOption = None,
@@ -70,7 +72,7 @@ def quantize(
         str | None, typer.Option("--dtype", metavar="T", help="Of the calibration passes: float32, bfloat16, auto.")
     ] = None,
     threads: ThreadsOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,
+    seed: SeedOption = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in OUT.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in OUT.")] = False,
     max_kl: Annotated[

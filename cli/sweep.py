@@ -11,6 +11,7 @@ from fewbits.cli.common import (
     STDOUT,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     ProgressBars,
     ThreadsOption,
     examples,
@@ -23,10 +24,11 @@ from fewbits.cli.options import (
     FormatsOption,
     RecipeOption,
     SamplesOption,
+    SeedOption,
     SeqlenOption,
     SettingsOption,
     TargetOption,
-    budget_settings,
+    menu_settings,
     recipe_settings,
 )
 
@@ -37,7 +39,7 @@ EPILOG = examples(
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a directory, or a GGUF file.")],
+    model: ModelArgument,
     bpw: Annotated[str, typer.Option("--bpw", metavar="LOW:HIGH:STEP", help="Budgets in bits per weight.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory to write; a rerun goes on.")],
     formats: FormatsOption = None,
@@ -49,7 +51,7 @@ def sweep(
     settings: SettingsOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")] = 0,
+    seed: SeedOption = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in DIR (it does so anyway).")] = False,
     json: JsonOption = None,
 ) -> None:
@@ -58,14 +60,10 @@ def sweep(
         from fewbits.quant.allocate.planning import parse_range
         from fewbits.quant.allocate.run import sweep as run
 
-        overrides = recipe_settings(settings, bits=None, group_size=None, calib=calib, samples=samples, seqlen=seqlen,
-                                    dtype=None)
-        budgets = parse_range(bpw)
-        menu = budget_settings(bpw=budgets[0], bpw_total=None, size=None, fits_in=None, ctx=None, batch=None,
-                               formats=formats, target=target)
-        del menu["budget.bpw"]
-        rows = run(model, out, budgets, recipe=recipe or "auto", overrides=overrides | menu, device=device,
-                   threads=threads, seed=seed, progress=progress)
+        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen)
+        rows = run(model, out, parse_range(bpw), recipe=recipe or "auto",
+                   overrides=overrides | menu_settings(formats, target), device=device, threads=threads, seed=seed,
+                   progress=progress)
         report({"rows": rows})
     from rich.table import Table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Assignment:
         return {
             "name": target.name if target and target.expert_index is None else name,
             "shape": list(shape), "format": str(dtype).removeprefix("torch."),
-            "bits_per_weight": 8.0 * dtype.itemsize, "bytes": _numel(shape) * dtype.itemsize,
+            "bits_per_weight": 8.0 * dtype.itemsize, "bytes": math.prod(shape) * dtype.itemsize,
             "linear": target is not None and target.kind != "embedding" and index is not None,
         }
 
@@ -149,7 +150,7 @@ def format_fact(name: str, shape: tuple[int, int], layout: Layout, *, linear: bo
     nbytes = stored_bytes(layout, shape)
     return {
         "name": name, "shape": list(shape), "format": layout_name(layout),
-        "bits_per_weight": 8 * nbytes / _numel(shape), "bytes": nbytes, "linear": linear,
+        "bits_per_weight": 8 * nbytes / math.prod(shape), "bytes": nbytes, "linear": linear,
     }
 
 
@@ -195,13 +196,6 @@ def totals(facts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     linears = [f for f in facts if f["linear"]]
 
     def bits(rows: list[Mapping[str, Any]]) -> float:
-        return 8 * sum(f["bytes"] for f in rows) / max(sum(_numel(f["shape"]) for f in rows), 1)
+        return 8 * sum(f["bytes"] for f in rows) / max(sum(math.prod(f["shape"]) for f in rows), 1)
 
     return bits(linears), bits(facts)
-
-
-def _numel(shape: Iterable[int]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n

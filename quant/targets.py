@@ -68,7 +68,11 @@ def find_unquantizable(model: nn.Module) -> dict[str, str]:
 
 def read_weight(model: nn.Module, target: Target) -> Tensor:
     """The weight of a target as ``(N, K)``: a view of the module's parameter, in its dtype and on its device."""
-    param = getattr(model.get_submodule(target.module_path), target.param_name).detach()
+    return as_matrix(getattr(model.get_submodule(target.module_path), target.param_name).detach(), target)
+
+
+def as_matrix(param: Tensor, target: Target) -> Tensor:
+    """The part of a module's parameter (or of its gradient) that belongs to a target, as ``(N, K)``: a view."""
     if target.kind == "conv1d":
         return param.T
     return param if target.expert_index is None else param[target.expert_index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Measure:
         if self.kind in ("size", "fits_in"):
             return int(getattr(self.budget, self.kind))
         facts = [f for f in assignment.facts(self._streamed) if f["linear"] or self.kind != "bpw"]
-        weights = sum(_numel(f["shape"]) for f in facts)
+        weights = sum(math.prod(f["shape"]) for f in facts)
         return int(getattr(self.budget, self.kind) * weights / 8)
 
     def footprint(self, assignment: Assignment) -> Footprint:
@@ -103,10 +104,6 @@ class Measure:
 def _up(bits: float) -> float:
     """Three digits, rounded up, so that what is said can be asked for."""
     return -(-bits * 1000 // 1) / 1000
-
-
-def _numel(shape: Any) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def running_bytes(streamed: StreamedModel, ctx: int, batch: int) -> tuple[int, int]:

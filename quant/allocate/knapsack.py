@@ -53,7 +53,7 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     Raises:
         BudgetError: even the cheapest options exceed the budget.
     """
-    units = [_undominated(c, e) for c, e in zip(costs, losses)]
+    units = [undominated(c, e) for c, e in zip(costs, losses)]
     if (cheapest := sum(u[0].cost for u in units)) > budget:
         raise BudgetError(f"budget: got {budget}, the smallest that is reachable is {cheapest}")
     first, price = _greedy(units, budget)
@@ -67,7 +67,7 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     )
 
 
-def _undominated(costs: Sequence[int], losses: Sequence[float]) -> list[Option]:
+def undominated(costs: Sequence[int], losses: Sequence[float]) -> list[Option]:
     """By rising cost and falling loss."""
     out: list[Option] = []
     for cost, loss, i in sorted((int(c), float(e), i) for i, (c, e) in enumerate(zip(costs, losses))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.sensitivity import DAMAGE, WEIGHTS_ONLY, measure
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import StreamedModel
-from fewbits.calibration.survey import Losses, Survey
+from fewbits.calibration.survey import Losses, Progress, Survey
 from fewbits.quant.allocate.budget import Footprint, Measure, smallest
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
 from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
 from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prior
 from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
+from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
 from fewbits.quant.plan import Assignment, assign, totals
 from fewbits.quant.recipe import Budget, Recipe
-
-Progress = Callable[[str, int, int], None]
 
 PLAN_VERSION = 1
 
@@ -155,8 +154,8 @@ class Planner:
             BudgetError: it cannot be met.
         """
         start = time.monotonic()
-        self.require_reachable(budget)
         budgeted = Measure(budget, self.streamed)
+        budgeted.refuse(smallest(self.menu, self._base))
         losses = [[sum(self.losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
         solution, chosen, spare = self._within(budgeted, losses)
         choice, search_facts = list(solution.choice), None
@@ -178,7 +177,7 @@ class Planner:
         damage = sum(e[i] for e, i in zip(losses, choice))
         model = self.recipe.allocate.damage
         return Plan(
-            recipe, facts, blocks, everything, Measure(Budget(size=1), self.streamed).cost(chosen), damage,
+            recipe, facts, blocks, everything, sum(file_sizes(chosen.shards(self.streamed))), damage,
             self._prior(chosen),
             predict_kl(damage, model, points) if in_nats(model) or points else None,
             budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from fewbits.calibration.meter import KLMeter
-from fewbits.calibration.sensitivity import KL_ROWS, quantized
+from fewbits.calibration.sensitivity import KL_ROWS, measured_alone
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.allocate.evopress import Choice, Evolved, Schedule, evolve
+from fewbits.quant.allocate.knapsack import undominated
 from fewbits.quant.allocate.menu import Unit
 from fewbits.quant.errors import RecipeError
+from fewbits.quant.types import QuantizedTensor
 
 TRUSTED = 0.6
 """Least Spearman correlation with measured KL at which a damage model may decide."""
@@ -50,11 +52,8 @@ def measure_trust(job: Survey, losses: Losses, n: int) -> Trust:
 
     sample = sample_tensors(job, n)
     meter = KLMeter(job.dense_model(), job.rows(KL_ROWS))
-    measured: dict[str, float] = {}
-    for block, stats in job.blocks():
-        for name in stats.keys() & sample.keys():
-            fmt = job.menu[name][sample[name]]
-            measured[name] = meter.measure({name: quantized(block.weights[name], stats[name], fmt, job)})
+    wanted = {name: [entry] for name, entry in sample.items()}
+    measured = {name: found for name, _, found in measured_alone(job, meter, wanted)}
     ours = [losses[name][entry] for name, entry in sample.items()]
     rho = float(spearmanr(ours, [measured[name] for name in sample]).statistic) if len(sample) > 2 else 1.0
     return Trust(rho, len(sample), measured)
@@ -77,7 +76,7 @@ def search(
 
     The result is kept only if it beats the start on rows that the search never saw.
     """
-    ladders = [_ladder(u, e) for u, e in zip(units, losses)]
+    ladders = [[o.index for o in undominated(u.costs, e)] for u, e in zip(units, losses)]
     places = [ladder.index(i) for ladder, i in zip(ladders, start)]
     windows = [ladder[max(p - 1, 0) : p + 2] for ladder, p in zip(ladders, places)]
     levels = _Levels(job, {n: [u.entries[i] for i in w] for u, w in zip(units, windows) for n in u.names})
@@ -119,15 +118,6 @@ def _facts(found: Evolved, before: float, after: float, kept: bool) -> dict[str,
     }
 
 
-def _ladder(unit: Unit, losses: Sequence[float]) -> list[int]:
-    """Options by rising cost, dominated ones left out."""
-    out: list[int] = []
-    for i in sorted(range(len(unit.costs)), key=lambda i: (unit.costs[i], losses[i])):
-        if not out or losses[i] < losses[out[-1]]:
-            out.append(i)
-    return out
-
-
 class _Levels:
     """The recipe's quantizer applied to every tensor at every level that the search can reach; kept packed."""
 
@@ -144,8 +134,6 @@ class _Levels:
                     self._packed[name, entry] = made.pack()
 
     def dense(self, name: str, entry: str) -> Tensor:
-        from fewbits.quant.types import QuantizedTensor
-
         packed = self._packed[name, entry]
         columns = int(packed["weight_shape"][1])
         return QuantizedTensor.unpack(packed, [(self._menu[name][entry], columns)]).dequantize()
