@@ -1,52 +1,58 @@
 """Budgets: every recipe that allocates, and uniform bits, at the same stored bits, with KL predicted and measured.
 
-    FEWBITS_DATA=... python -m benchmarks.allocation [--bpw 2.5 3 3.297 3.5] [--recipes auto baq ...]
+    FEWBITS_DATA=... python -m benchmarks.allocation [--bpw 2.5 3 3.5] [--recipes auto baq ...]
 
-One survey serves all budgets of a recipe. Rows that an earlier run of the same commit's results has are kept; KL is on
-the windows of ``protocol.py``. The menu holds no affine grid of 4 or more bits with groups of 32: this model comes from
-such a grid, so that they fit it by accident.
+One survey serves all budgets of a recipe, and one calibration (of the original model, as in ``fewbits sweep``) all
+rows; ``--sequential`` quantizes as ``fewbits quantize`` does, with statistics that see what was quantized before. Rows
+that an earlier run left are kept; KL is on the windows of ``protocol.py``. The menu holds no affine grid of 4 or more
+bits with groups of 32: this model comes from such a grid, so that they fit it by accident.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import fewbits
 from benchmarks import protocol
 from fewbits.quant.allocate.planning import Planner
 from fewbits.quant.allocate.run import prepare_planner
-from fewbits.quant.recipe import Budget
+from fewbits.quant.recipe import Budget, Recipe, load_recipe
 from fewbits.quant.source import open_source
 
-BUDGETS = [2.25, 2.5, 3.0, 3.297, 3.5, 4.25]
+BUDGETS = [2.25, 2.5, 3.0, 3.5, 4.25]
 MENUS = {
-    "auto": ["int2_g64", "int2_g32", "int3_g64", "int3_g32", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
-    "baq": ["int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
-    "adaquant-ip": ["int2_g64", "int3_g64", "int4_g64", "int6_g64"],
-    "evopress": ["int2_g64", "int2_g32", "int3_g64", "int3_g32", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
-    "layerwise-lim": ["int2_g64", "int4_g64"], "layerwise-zd": ["int2_g64", "int4_g64"],
-    "luq": ["int2_g64", "int4_g64"],
-    "finequant": ["int3_row", "int3_g192", "int3_g96", "int3_g64", "int3_g32"],
+    "auto": ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64",
+             "int5_g64", "int6_g64", "int8_g64"],
+    "baq": ["int2_g192", "int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
+    "adaquant-ip": ["int2_g192", "int3_g64", "int4_g64", "int6_g64"],
+    "layerwise-lim": ["int2_g192", "int4_g64"], "layerwise-zd": ["int2_g192", "int4_g64"],
+    "luq": ["int2_g192", "int4_g64"],
+    "finequant": [f"int{b}_{g}" for b in (2, 3) for g in ("row", "g192", "g96", "g64", "g32")]
+    + ["int4_row", "int4_g192", "int4_g96", "int4_g64"],
 }
-UNIFORM = ["int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
+MENUS["evopress"] = MENUS["auto"]
+UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
 def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--bpw", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--recipes", nargs="+", default=[*MENUS, "uniform"])
-    parser.add_argument("--name", default="allocation")
+    parser.add_argument("--sequential", action="store_true")
     args = parser.parse_args()
     source = protocol.real_model()
     baseline = open_source(source).path
-    path = protocol.RESULTS / f"{args.name}.json"
+    bench = "allocation-sequential" if args.sequential else "allocation"
+    path = protocol.RESULTS / f"{bench}.json"
+    stats = protocol.RESULTS / "stats"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
-    def measure(recipe: Any, key: tuple[str, float | str], **more: Any) -> None:
-        out = protocol.RESULTS / "checkpoints" / f"{args.name}-{key[0]}"
-        made = fewbits.quantize(source, out, recipe=recipe, force=True)
+    def measure(recipe: Recipe, key: tuple[str, float | str], **more: Any) -> None:
+        out = protocol.RESULTS / "checkpoints" / f"{bench}-{key[0]}"
+        made = fewbits.quantize(source, out, recipe=recipe, force=True, stats=None if args.sequential else stats)
         scores = fewbits.evaluate(
             out, baseline=baseline, text=[protocol.text("test")], window=protocol.WINDOW, limit=protocol.KL_WINDOWS,
         ).to_json()
@@ -57,7 +63,7 @@ def main() -> None:
         print(f"{key[0]} {key[1]}: {made.bits_per_weight:.4f} stored, KL {row['kl_mean']:.4f} ± {row['kl_stderr']:.4f}"
               f"{', predicted ' + format(more['predicted']['kl_mean'], '.4f') if more.get('predicted') else ''}",
               flush=True)
-        protocol.save(args.name, rows)
+        protocol.save(bench, rows)
 
     def known(recipe: str, budget: float | str) -> bool:
         return any(r["recipe"] == recipe and r["budget"] == budget for r in rows)
@@ -67,13 +73,14 @@ def main() -> None:
             for fmt in UNIFORM:
                 if not known(name, fmt):
                     rules = [{"match": "model.layers.*", "format": fmt}]
-                    measure(_recipe("gptq", {"rules": rules}), (name, fmt))
+                    recipe = _recipe("gptq", {"rules": rules})
+                    measure(_sequential(recipe) if args.sequential else recipe, (name, fmt))
             continue
         budgets = [b for b in args.bpw if not known(name, b)]
         if not budgets:
             continue
         started = time.process_time()
-        planner = _survey(name, source)
+        planner = _survey(name, source, stats)
         survey_seconds = time.process_time() - started
         for b in budgets:
             started = time.process_time()
@@ -82,25 +89,31 @@ def main() -> None:
             except fewbits.FewbitsError as error:
                 print(f"{name} {b}: {error}")
                 continue
-            measure(plan.recipe, (name, b), predicted=plan.to_json()["predicted"], damage=plan.damage,
+            recipe = _sequential(plan.recipe) if args.sequential else plan.recipe
+            measure(recipe, (name, b), predicted=plan.to_json()["predicted"], damage=plan.damage,
                     trust=plan.to_json()["trust"], search=plan.search, survey_cpu_seconds=survey_seconds,
                     allocation_cpu_seconds=time.process_time() - started)
 
 
 def _overrides() -> dict[str, Any]:
     settings = {k: v for k, v in protocol.CALIBRATION.items() if k.startswith("calibration.")}
-    return {**settings, "calibration.sources": [str(protocol.text("valid"))]}
+    return {**settings, "calibration.sources": [str(protocol.text("valid"))], "calibration.inputs": "original",
+            "calibration.true_sequential": False}
 
 
-def _recipe(name: str, more: dict[str, Any]) -> Any:
-    from fewbits.quant.recipe import load_recipe
+def _sequential(recipe: Recipe) -> Recipe:
+    settings = recipe.calibration.model_copy(update={"inputs": "quantized", "true_sequential": True})
+    return recipe.model_copy(update={"calibration": settings})
 
-    return load_recipe(name, {**_overrides(), **more})
+
+def _recipe(name: str, more: dict[str, Any]) -> Recipe:
+    search = {"allocate.generations": 10} if name == "evopress" else {}
+    return load_recipe(name, {**_overrides(), **search, **more})
 
 
-def _survey(name: str, source: Any) -> Planner:
+def _survey(name: str, source: Path, stats: Path) -> Planner:
     recipe = _recipe(name, {"allocate.formats": MENUS[name]})
-    planner, _ = prepare_planner(source, recipe, None, None, None, None, 0, None)
+    planner, _ = prepare_planner(source, recipe, None, stats, None, None, 0, None)
     return planner
 
 

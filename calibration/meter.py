@@ -12,6 +12,9 @@ from torch import Tensor
 from fewbits.calibration.stream import find_blocks
 from fewbits.quant.targets import find_targets, read_weight
 
+_TOKENS = 128
+"""Taken at a time: their logits stay in the processor's cache."""
+
 
 class KLMeter:
     """Measures KL(original || changed) in nats per token, the mean over every position of fixed rows.
@@ -20,7 +23,7 @@ class KLMeter:
 
     Args:
         model: the original model, dense; it is changed for the time of a measurement and put back.
-        rows: token ids ``(T,)`` of each sequence. Kept for each token: its log-probabilities (float32) and its hidden
+        rows: token ids ``(T,)`` of each sequence. Kept for each token: its probabilities (float32) and its hidden
             state in front of every block.
     """
 
@@ -30,11 +33,13 @@ class KLMeter:
         self._path = find_blocks(model)
         self._blocks = model.get_submodule(self._path)
         self._hidden: list[list[Tensor]] = []
-        self._original = []
+        self._original: list[tuple[Tensor, float]] = []
         for row in rows:
             kept: list[Tensor] = []
             hooks = [b.register_forward_pre_hook(lambda m, args, k=kept: k.append(args[0])) for b in self._blocks]
-            self._original.append(self._logits(row).float().log_softmax(-1))
+            log_p = self._logits(row).float().log_softmax(-1)
+            entropy = -sum(_sum_of_products(part.exp(), part) for part in log_p.split(_TOKENS))
+            self._original.append((log_p.exp_(), entropy))
             for hook in hooks:
                 hook.remove()
             self._hidden.append(kept)
@@ -75,11 +80,10 @@ class KLMeter:
     def _kl(self, i: int, first: int) -> float:
         with self._starting_at(first if self._hidden[i] else 0, i):
             logits = self._logits(self._rows[i])
-        total = 0.0
-        for changed, p in zip(logits.split(128), self._original[i].split(128)):
-            q = changed.float().log_softmax(-1)
-            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        return total / len(self._rows[i])
+        probabilities, entropy = self._original[i]
+        parts = zip(logits.split(_TOKENS), probabilities.split(_TOKENS))
+        crossed = -sum(_sum_of_products(p, z.float().log_softmax(-1)) for z, p in parts)
+        return (crossed - entropy) / len(self._rows[i])
 
     @contextmanager
     def _starting_at(self, first: int, i: int) -> Iterator[None]:
@@ -92,3 +96,7 @@ class KLMeter:
         finally:
             for block in skipped:
                 del block.forward
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(-1).sum(dtype=torch.float64))

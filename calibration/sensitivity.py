@@ -14,10 +14,12 @@ from fewbits.calibration.meter import KLMeter
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.targets import as_matrix, find_targets, read_weight
 
-CURVATURE_ROWS, GRADIENT_ROWS, KL_ROWS = 16, 8, 4
-"""Calibration rows that gradients and measured KL are taken over: changes numbers by their noise."""
+CURVATURE_ROWS, GRADIENT_ROWS = 16, 8
+"""Calibration rows that gradients are taken over: changes numbers by their noise."""
 
 MEASURED_ROWS, MEASURED_LENGTH = 3, 256
+"""Rows, and tokens of each, that the KL of one tensor is measured on."""
+
 MOST_OFF = 4.0
 """Largest factor by which one measurement corrects a tensor: beyond it, it is noise."""
 
@@ -38,7 +40,7 @@ def measured(job: Survey) -> Losses:
     large together) belongs to the tensor, and is about the same at every width.
     """
     losses = fisher(job)
-    meter = KLMeter(job.dense_model(), [row[:MEASURED_LENGTH] for row in job.rows(CURVATURE_ROWS)[-MEASURED_ROWS:]])
+    meter = single_meter(job)
     worst = {name: [max(own, key=own.__getitem__)] for name, own in losses.items()}
     for name, entry, found in measured_alone(job, meter, worst):
         ratio = min(max(found / max(losses[name][entry], 1e-30), 1 / MOST_OFF), MOST_OFF)
@@ -167,11 +169,16 @@ def gradient(job: Survey) -> Losses:
 
 def kl(job: Survey) -> Losses:
     """KL measured with one tensor quantized at a time: the truth for each, at a forward pass for every option."""
-    meter = KLMeter(job.dense_model(), job.rows(KL_ROWS))
+    meter = single_meter(job)
     out: Losses = {name: {} for name in job.menu}
     for name, entry, found in measured_alone(job, meter, job.menu):
         out[name][entry] = max(found, 0.0)
     return out
+
+
+def single_meter(job: Survey) -> KLMeter:
+    """KL on the few rows that single tensors are measured on."""
+    return KLMeter(job.dense_model(), [row[:MEASURED_LENGTH] for row in job.rows(CURVATURE_ROWS)[-MEASURED_ROWS:]])
 
 
 def measured_alone(

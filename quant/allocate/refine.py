@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbits.calibration.meter import KLMeter
-from fewbits.calibration.sensitivity import KL_ROWS, measured_alone
+from fewbits.calibration.sensitivity import measured_alone, single_meter
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.allocate.evopress import Choice, Evolved, Schedule, evolve
 from fewbits.quant.allocate.knapsack import undominated
@@ -51,7 +51,7 @@ def measure_trust(job: Survey, losses: Losses, n: int) -> Trust:
     from scipy.stats import spearmanr
 
     sample = sample_tensors(job, n)
-    meter = KLMeter(job.dense_model(), job.rows(KL_ROWS))
+    meter = single_meter(job)
     wanted = {name: [entry] for name, entry in sample.items()}
     measured = {name: found for name, _, found in measured_alone(job, meter, wanted)}
     ours = [losses[name][entry] for name, entry in sample.items()]
