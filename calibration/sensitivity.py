@@ -184,18 +184,11 @@ def single_meter(job: Survey) -> KLMeter:
 def measured_alone(
     job: Survey, meter: KLMeter, wanted: Mapping[str, Iterable[str]]
 ) -> Iterator[tuple[str, str, float]]:
-    """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone by the recipe's quantizer."""
-    quantizer = job.recipe.make_quantizer()
-    todo, done = sum(len(list(entries)) for entries in wanted.values()), 0
-    for block, stats in job.blocks():
-        for name in sorted(stats.keys() & wanted.keys()):
-            weight = block.weights[name]
-            for entry in wanted[name]:
-                layout = [(job.menu[name][entry], weight.shape[1])]
-                made, _ = quantizer.quantize(weight, stats[name], layout, seed=job.seed)
-                yield name, entry, meter.measure({name: made.dequantize()})
-                done += 1
-                job.progress("Measuring", done, todo)
+    """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone."""
+    todo = sum(len(list(entries)) for entries in wanted.values())
+    for done, (name, entry, made) in enumerate(job.quantized(wanted), 1):
+        yield name, entry, meter.measure({name: made.dequantize()})
+        job.progress("Measuring", done, todo)
 
 
 DAMAGE: dict[str, Callable[[Survey], Losses]] = {
@@ -209,5 +202,14 @@ WEIGHTS_ONLY = ("weights", "zd")
 
 
 def measure(job: Survey, damage: str) -> Losses:
-    """What every entry of the menu does to every tensor, by the damage model of this name."""
-    return DAMAGE[damage](job)
+    """What every entry of the menu does to every tensor, by the damage model of this name.
+
+    Embedding and head are few and unlike all else: each of their entries is measured.
+    """
+    inside = job.inside()
+    losses = DAMAGE[damage](inside)
+    if ends := {n: own for n, own in job.menu.items() if n not in inside.menu}:
+        losses |= {n: {} for n in ends}
+        for name, entry, found in measured_alone(job, single_meter(job), ends):
+            losses[name][entry] = max(found, 0.0)
+    return losses

@@ -153,13 +153,18 @@ class StreamedModel:
                 self._converted.add(name)
         return mapped
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another one by a second name: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
+        return dict(self.model.all_tied_weights_keys) if self.model.config.get_text_config().tie_word_embeddings else {}
+
     def _require_complete(self) -> None:
         """Every parameter is in the source, or the one that it is tied to, in its shape: said before any work is done.
 
         Raises:
             ModelError: naming the first that is not.
         """
-        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        tied = self.tied
         optional = [re.compile(p) for p in self.model._keys_to_ignore_on_load_missing or ()]
         for name, param in self.model.named_parameters(remove_duplicate=False):
             twins = {name, tied.get(name, name), *(t for t, s in tied.items() if s == name)}
@@ -223,16 +228,13 @@ class StreamedModel:
 
     def _dense(self, index: int | None, skip: set[str]) -> Iterator[tuple[str, str | None]]:
         """Tensors of a block but ``skip``, and where the source has them: None where they are merged or split."""
-        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
-        untied = bool(skip & (tied.keys() | set(tied.values())))
         for name, keys in self.source_keys(index).items():
-            if name in skip or name not in self._stored or (name in tied and not untied):
-                continue
-            yield name, None if name in self._converted else keys[0]
-        if index is None and untied:
-            for name, twin in tied.items():  # the source holds one tensor for both, the result two
-                if name not in skip and name not in self._keys:
-                    yield name, self._keys[twin][0]
+            if name in self._stored and name not in skip and name not in self.tied:
+                yield name, None if name in self._converted else keys[0]
+        if index is None:
+            for name, twin in self.tied.items():  # the source may hold what they share under either name
+                if twin not in skip and twin not in self._keys:
+                    yield twin, self._keys[name][0]
 
     def head_input(self, hidden: Tensor, head: Target) -> Tensor:
         """What the output head multiplies, ``(B, L, K)``, given the hidden states that leave the last block."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from fewbits.calibration.collect import Collector
 from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe
-from fewbits.quant.types import Format, LayerStats
+from fewbits.quant.types import Format, LayerStats, QuantizedTensor, Quantizer
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +48,7 @@ class Survey:
         settings = self.recipe.calibration.model_copy(update={"inputs": "original", "true_sequential": False})
         recipe = self.recipe.model_copy(update={"calibration": settings, "quantizer": {"name": "gptq", "qep": 0.0}})
         collector = Collector(self.streamed, recipe, self.menu, self.text, self.stored)
-        self._groups = []
+        self._groups.clear()
         total = len(self.streamed.block_modules)
         with contextlib.closing(collector):
             for block in self.streamed.blocks():
@@ -62,6 +63,32 @@ class Survey:
                 self.progress("Surveying", block.index + 1, total)
         if self.stored:
             self.stored.finish()
+
+    def inside(self) -> Survey:
+        """The same for the decoder blocks alone."""
+        menu = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
+        return self if len(menu) == len(self.menu) else replace(self, menu=menu)
+
+    def quantized(self, wanted: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, QuantizedTensor]]:
+        """``(tensor, entry, codes)`` for each wanted entry of each tensor, all else being the original.
+
+        Inside the blocks by the recipe's quantizer; embedding and head are rounded to nearest.
+        """
+        inside = {n for n in wanted if self.streamed.block_index(n) is not None}
+        quantizer = self.recipe.make_quantizer()
+        for block, stats in self.blocks() if inside else ():
+            for name in sorted(stats.keys() & inside):
+                yield from self._entries(quantizer, name, block.weights[name], stats[name], wanted[name])
+        for name in [n for n in wanted if n not in inside]:
+            weight = self.streamed.weight(self.streamed.targets[name]).float()
+            yield from self._entries(RTN("search"), name, weight, None, wanted[name])
+
+    def _entries(
+        self, quantizer: Quantizer, name: str, weight: Tensor, stats: LayerStats | None, entries: Iterable[str]
+    ) -> Iterator[tuple[str, str, QuantizedTensor]]:
+        for entry in entries:
+            made, _ = quantizer.quantize(weight, stats, [(self.menu[name][entry], weight.shape[1])], seed=self.seed)
+            yield name, entry, made
 
     def groups(self) -> list[list[str]]:
         """Targets that read one input, as the last pass saw them; or a short pass over a few tokens, to see them."""

@@ -67,7 +67,7 @@ def checkpoint_files(
     """Name -> text of every file of ours beside the shards and their index."""
     config = copy.deepcopy(source.config)
     config["quantization_config"] = quantization_config(facts, assignment)
-    if assignment.outside():  # a quantized head or embedding no longer shares its weight with the other
+    if any(t.kind != "embedding" for t, _ in assignment.outside()):  # a head with codes of its own shares no weight
         config["tie_word_embeddings"] = False
     lock = dict(run) | {"recipe_name": recipe.name, "shards": dict(shards)}
     return {

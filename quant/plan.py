@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.quant.errors import RecipeError
 from fewbits.quant.formats import layout_name
@@ -119,24 +119,40 @@ def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
         FormatError: a format does not fit a tensor.
         RecipeError: nothing is left to quantize, or experts of one layer are partly kept.
     """
-    targets, formats = streamed.targets, {}
-    head = streamed.model.get_output_embeddings()
-    inputs = streamed.model.get_input_embeddings()
+    targets, formats, ends = streamed.targets, {}, ends_of(streamed)
     for name, target in targets.items():
         inside = streamed.block_index(name) is not None
-        module = streamed.model.get_submodule(target.module_path)
-        if not inside and module is not head and module is not inputs:
+        if not inside and name not in ends:
             continue  # projections around the blocks (e.g. OPT-350m's) are small and stay as they are
         if inside and target.kind == "embedding":
             continue
-        fmt = recipe.format_for(name, target.shape[1], kind=target.kind, is_head=module is head)
+        is_head = name in ends and target.kind != "embedding"
+        fmt = recipe.format_for(name, target.shape[1], kind=target.kind, is_head=is_head)
         if fmt is not None:
             formats[name] = fmt
     if not formats:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(targets)} tensors; keep fewer")
+    _share_tied(formats, streamed)
     _require_whole_experts(formats, targets)
     outside = tuple(n for n in targets if streamed.block_index(n) is None)
     return Assignment(formats, targets, outside)
+
+
+def ends_of(streamed: StreamedModel) -> list[str]:
+    """The targets that are the model's input embedding and its output head."""
+    modules = [streamed.model.get_input_embeddings(), streamed.model.get_output_embeddings()]
+    return [n for n, t in streamed.targets.items()
+            if streamed.block_index(n) is None and streamed.model.get_submodule(t.module_path) in modules]
+
+
+def _share_tied(formats: dict[str, Format], streamed: StreamedModel) -> None:
+    """A head that is tied to a quantized table reads that table, which is stored once, unless it has its own format."""
+    for name, twin in ((n.rpartition(".")[0], t.rpartition(".")[0]) for n, t in streamed.tied.items()):
+        if twin in formats and formats.get(name, formats[twin]) == formats[twin]:
+            formats.pop(name, None)
+            if type(head := streamed.model.get_submodule(name)) is not nn.Linear:
+                raise RecipeError(f"embeddings: {twin} is tied to {name}, a {type(head).__name__} that cannot read "
+                                  "packed weights; add it to keep")
 
 
 def _require_whole_experts(formats: Mapping[str, Format], targets: Mapping[str, Target]) -> None:

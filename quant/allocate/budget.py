@@ -90,15 +90,18 @@ class Measure:
             return
         blocks, everything = totals(smallest.facts(self._streamed))
         flag = "--" + self.kind.replace("_", "-")
+        way_out = "offer smaller --formats"
+        if not any(self._streamed.targets[n].kind == "embedding" for n in smallest.formats):
+            way_out += ", or --set embeddings=true"
         if self.kind == "bpw":
             raise BudgetError(f"{flag}: got {self.budget.bpw:g}, the smallest that is reachable is {_up(blocks)}; "
                               "offer smaller --formats, or keep fewer tensors dense")
         if self.kind == "bpw_total":
             raise BudgetError(f"{flag}: got {self.budget.bpw_total:g}, the smallest that is reachable is "
-                              f"{_up(everything)}; offer smaller --formats, or --set embeddings=true")
+                              f"{_up(everything)}; {way_out}")
         what = f", of which {sum(self._running)} for the KV cache and activations" if sum(self._running) else ""
-        raise BudgetError(f"{flag}: got {limit} bytes, the smallest that is reachable is {cost}{what}; offer smaller "
-                          "--formats, --set embeddings=true, or shorten the context")
+        raise BudgetError(f"{flag}: got {limit} bytes, the smallest that is reachable is {cost}{what}; {way_out}"
+                          f"{', or shorten the context' if what else ''}")
 
 
 def _up(bits: float) -> float:

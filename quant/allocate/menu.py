@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fewbits.calibration.stream import StreamedModel
+from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import parse_format
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.plan import ends_of
 from fewbits.quant.recipe import MAX_AUTO_GROUP, Recipe
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Format, stored_bytes
@@ -23,6 +25,7 @@ class Engine:
         fused: linears that read one input, and all experts of a layer, must share one format.
         bits, groups: legal ones (None: any); ``groups`` has None for one group per row.
         symmetric: whether only symmetric formats are read.
+        outside: whether it reads a quantized embedding and head.
     """
 
     menu: tuple[str, ...]
@@ -30,6 +33,7 @@ class Engine:
     bits: tuple[int, ...] | None = None
     groups: tuple[int | None, ...] | None = None
     symmetric: bool = False
+    outside: bool = False
 
     def reads(self, fmt: IntFormat, columns: int) -> bool:
         group = None if fmt.group_size == columns else fmt.group_size
@@ -40,7 +44,7 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8")),
+    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True),
     "transformers": Engine(("int2", "int4", "int8"), bits=(2, 4, 8)),
     "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), True),
     "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), True),
@@ -69,6 +73,8 @@ class Unit:
 def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, Format]]:
     """Formats for each linear that the recipe quantizes; one that a rule gives a format has no other.
 
+    Under a budget of everything stored, embedding and head have a choice too, where the damage model can judge them.
+
     Raises:
         RecipeError: the engine does not read a format that was asked for, or nothing is left to choose from.
         FormatError: no format of the menu fits a tensor.
@@ -88,7 +94,20 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, F
             out[name] = _formats(own, name, columns, engine, recipe.allocate.target)
     if not out:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(streamed.targets)} tensors; keep fewer")
+    for name in _outside(recipe, streamed) if engine.outside else []:
+        out[name] = _formats(wanted, name, streamed.targets[name].shape[1], engine, recipe.allocate.target)
     return out
+
+
+def _outside(recipe: Recipe, streamed: StreamedModel) -> list[str]:
+    """Embedding and head, unless a rule or ``keep`` has decided; a head that is tied has the table's format."""
+    if not {"bpw_total", "size", "fits_in"} & set(recipe.budget.given) or not in_nats(recipe.allocate.damage):
+        return []
+    tied = {n.rpartition(".")[0]: t.rpartition(".")[0] for n, t in streamed.tied.items()}
+    own = {n for n in ends_of(streamed) if recipe.rule_for(n) is not None or recipe.keeps(n)}
+    heads = {n for n in tied if n in own or recipe.lm_head}  # these have weights of their own now
+    return [n for n in ends_of(streamed) if n not in own and n not in tied
+            and not any(tied[h] == n for h in heads)]
 
 
 def _formats(

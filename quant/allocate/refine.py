@@ -38,7 +38,7 @@ class Trust:
 
 def sample_tensors(job: Survey, n: int) -> dict[str, str]:
     """``n`` tensors spread over depth and type, each with the cheapest entry of its menu, where damage is clearest."""
-    names = list(job.menu)
+    names = list(job.inside().menu)
     step = max(1, len(names) // n)
     while step > 1 and len(names) > 7 and step % 7 == 0:  # a stride of whole blocks would see one type only
         step -= 1
@@ -124,14 +124,8 @@ class _Levels:
     def __init__(self, job: Survey, wanted: Mapping[str, Sequence[str]]) -> None:
         self._menu = job.menu
         self._packed: dict[tuple[str, str], dict[str, Tensor]] = {}
-        quantizer = job.recipe.make_quantizer()
-        for block, stats in job.blocks():
-            for name in stats.keys() & wanted.keys():
-                weight = block.weights[name]
-                for entry in wanted[name]:
-                    layout = [(job.menu[name][entry], weight.shape[1])]
-                    made, _ = quantizer.quantize(weight, stats[name], layout, seed=job.seed)
-                    self._packed[name, entry] = made.pack()
+        for name, entry, made in job.quantized(wanted):
+            self._packed[name, entry] = made.pack()
 
     def dense(self, name: str, entry: str) -> Tensor:
         packed = self._packed[name, entry]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.calibration.stream import StreamedModel
+from fewbits.kernels.linear import QuantEmbedding, TiedHead
 from fewbits.quant.allocate.budget import Measure, parse_size
 from fewbits.quant.allocate.menu import build_units
 from fewbits.quant.allocate.planning import Planner, parse_range
@@ -67,7 +71,7 @@ def test_twenty_random_budgets_are_met_from_below(medium, family: str) -> None:
 @pytest.mark.parametrize("kind", ["bpw", "bpw_total", "size"])
 def test_what_is_planned_is_what_is_written(tiny, tmp_path: Path, kind: str) -> None:
     model = tiny("llama-tied")
-    value = {"bpw": 4.5, "bpw_total": 13.2, "size": 125_000}[kind]
+    value = {"bpw": 4.5, "bpw_total": 4.9, "size": 50_000}[kind]
     overrides = {**_QUICK, f"budget.{kind}": value}
     planned = fewbits.plan(model, overrides=overrides)
     made = fewbits.quantize(model, tmp_path / "out", recipe="auto", overrides=overrides)
@@ -82,9 +86,35 @@ def test_what_is_planned_is_what_is_written(tiny, tmp_path: Path, kind: str) -> 
     assert low < made.predicted["kl_mean"] < high
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_embedding_and_head_are_candidates_where_their_bytes_count(tiny, family: str) -> None:
+    model = tiny(family)
+    ends = set(_planner(model, budget__size=10**9).menu) - set(_planner(model, budget__bpw=5.0).menu)
+    embedding = "transformer.wte" if family == "gpt2" else "model.embed_tokens"
+    assert ends == {embedding} | ({"lm_head"} if family == "llama" else set())
+    assert embedding not in _planner(model, budget__size=10**9, keep=["*embed*", "*wte"]).menu
+    assert embedding not in _planner(model, budget__size=10**9, allocate__damage="hessian").menu  # not in nats
+
+
+def test_a_tied_table_is_stored_once_and_read_by_both(tiny, tmp_path: Path) -> None:
+    overrides = {**_QUICK, "budget.bpw_total": 5}
+    made = fewbits.quantize(tiny("llama-tied"), tmp_path / "out", recipe="auto", overrides=overrides)
+    model = fewbits.load(tmp_path / "out")
+    assert isinstance(model.get_output_embeddings(), TiedHead)
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    stored = sum(p.stat().st_size for p in (tmp_path / "out").glob("fewbits-*.safetensors"))
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny("llama-tied")).parameters())
+    assert made.bytes == stored and made.bits_per_weight_total <= 5
+    assert 8 * sum(f["bytes"] for f in _facts(tmp_path / "out")) == pytest.approx(made.bits_per_weight_total * weights)
+
+
+def _facts(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "plan.json").read_text())["tensors"]
+
+
 @pytest.mark.parametrize(
     "budget, message",
-    [({"bpw": 1.0}, "smallest that is reachable is [23]"), ({"bpw_total": 3.0}, "smallest that is reachable is 1"),
+    [({"bpw": 1.0}, "smallest that is reachable is [23]"), ({"bpw_total": 2.0}, "smallest that is reachable is [23]"),
      ({"size": 1000}, "smallest that is reachable is [0-9]{5,}"),
      ({"fits_in": 1000}, "for the KV cache and activations")],
 )

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import fewbits
 from fewbits.calibration.data import load_calibration
 from fewbits.eval.divergence import divergence
-from fewbits.kernels.linear import PackedMatrix
+from fewbits.kernels.linear import PackedMatrix, TiedHead
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.recipe import parse_recipe, tomllib
 from tests.conftest import FAMILIES, save_tiny_model
@@ -380,9 +380,11 @@ def test_progress_ends_when_the_work_does(tiny, options, tmp_path):
 def test_heads_and_embeddings(family, which, made, tiny, tmp_path):
     overrides = {key: True for key in ("lm_head", "embeddings") if which in (key, "both")}
     folder = made(family, "gptq", {**overrides, "format.bits": 6})
+    shared = family in TIED and which != "lm_head"  # one table, stored once
     names = {"lm_head"} if which == "lm_head" else {EMBEDDING[family]}
-    names |= {"lm_head"} if which == "both" else set()
+    names |= {"lm_head"} if which == "both" and not shared else set()
     assert quantized(folder).keys() == block_linears(tiny(family)).keys() | names
+    assert ("lm_head.weight" in stored(folder)) == (which == "embeddings" and not shared)
 
     dense = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
     head = dense.get_output_embeddings()
@@ -390,14 +392,16 @@ def test_heads_and_embeddings(family, which, made, tiny, tmp_path):
     assert (head.weight is original) == (family in TIED)
     for name, weight in quantized(folder).items():
         put(dense, name, weight)
-    assert (head.weight is original) == (family in TIED and which == "embeddings")
+    if shared:
+        head.weight = dense.get_input_embeddings().weight
     model = fewbits.load(folder)
-    assert isinstance(model.get_output_embeddings(), PackedMatrix) == (which != "embeddings")
+    assert isinstance(model.get_output_embeddings(), PackedMatrix) == ("lm_head" in names)
+    assert isinstance(model.get_output_embeddings(), TiedHead) == shared
     assert isinstance(model.get_input_embeddings(), PackedMatrix) == (which != "lm_head")
     assert_same_model(model, dense)
     model.save_pretrained(tmp_path)
     assert_same_model(fewbits.load(tmp_path), dense)
-    if which != "embeddings":  # an output head is calibrated: its loss is that of outputs
+    if "lm_head" in names:  # an output head is calibrated: its loss is that of outputs
         assert plan_of(folder)["lm_head"]["n_tokens"] == 8 * 48
 
 
