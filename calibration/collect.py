@@ -250,18 +250,19 @@ class Collector:
     def _call(self, batch: int, block: Block) -> Call:
         return self._calls[batch][block.index]
 
-    def observe_head(self, target: Target) -> LayerStats | None:
-        """Statistics of the output head's input, after all blocks."""
+    def observe_head(self) -> LayerStats | None:
+        """Statistics of the output head's input, after all blocks; None where nothing is observed."""
         if not self.runs:
-            return self._stored.read_head(target.name) if self._stored else None
-        gram = Gram(target.shape[1], self.streamed.device)
+            return self._stored.read_head() if self._stored else None
+        head = self.streamed.model.get_output_embeddings()
+        gram = Gram(head.weight.shape[1], self.streamed.device)
         with self.streamed.outer(head=True):
             for i in range(len(self._hidden)):
-                x = self.streamed.head_input(self._hidden[i], target)
+                x = self.streamed.head_input(self._hidden[i])
                 gram.add(x[:, self.settings.skip_tokens :].reshape(-1, x.shape[-1]))
         stats = gram.stats()
         if self._stored:
-            self._stored.write_head(target.name, stats)
+            self._stored.write_head(stats)
         return stats
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,29 +25,51 @@ MEASURED_ROWS, MEASURED_LENGTH = 3, 256
 MOST_OFF = 4.0
 """Largest factor by which one measurement corrects a tensor: beyond it, it is noise."""
 
+ANCHOR = 1 / 16
+"""Each tensor is measured where it hurts most and where it hurts about this much less: some two bits apart."""
+
 
 def fisher(job: Survey) -> Losses:
-    """Error feedback's loss weighted by the curvature of the output: nats per token, and the default."""
+    """Error feedback's loss weighted by the curvature of the output: nats per token."""
+    known = {n: {e: job.findings.get("fisher", n, f) for e, f in own.items()} for n, own in job.menu.items()}
+    if all(d is not None for own in known.values() for d in own.values()):
+        return known  # type: ignore[return-value]
     model = job.dense_model(job.streamed.dtype)  # mean squares: rounding of the gradients averages out
     targets = [t for t in find_targets(model) if t.name in job.menu]
     curvature = output_curvature(model, targets, job.rows(CURVATURE_ROWS), seed=job.seed, progress=job.progress)
     del model
-    return _feedback(job, curvature)
+    losses = _feedback(job, curvature)
+    for name, own in losses.items():
+        for entry, damage in own.items():
+            job.findings.add("fisher", name, job.menu[name][entry], damage)
+    return losses
 
 
 def measured(job: Survey) -> Losses:
-    """``fisher``, with each tensor scaled to the KL that its cheapest entry alone costs when it is measured.
+    """``fisher``, with each tensor scaled to the KL that it alone costs, measured at two entries of its menu.
 
-    One measurement a tensor: what the curvature misses (errors that add up over tokens, inputs and gradients that are
-    large together) belongs to the tensor, and is about the same at every width.
+    What the curvature misses (errors that add up over tokens, inputs and gradients that are large together) belongs to
+    the tensor and changes slowly with the width: in between, the logarithm of the factor is interpolated.
     """
     losses = fisher(job)
-    meter = single_meter(job)
-    worst = {name: [max(own, key=own.__getitem__)] for name, own in losses.items()}
-    for name, entry, found in measured_alone(job, meter, worst):
-        ratio = min(max(found / max(losses[name][entry], 1e-30), 1 / MOST_OFF), MOST_OFF)
-        losses[name] = {e: ratio * d for e, d in losses[name].items()}
-    return losses
+    anchors = {}
+    for name, own in losses.items():
+        worst = max(own, key=own.__getitem__)
+        goal = max(own[worst], 1e-30) * ANCHOR
+        _, other = min((abs(math.log(max(d, 1e-30) / goal)), e) for e, d in own.items())
+        anchors[name] = list(dict.fromkeys((worst, other)))
+    factors: dict[str, list[tuple[float, float]]] = {}
+    for name, entry, found in measured_alone(job, single_meter(job), anchors):
+        foreseen = max(losses[name][entry], 1e-30)
+        factor = min(max(found / foreseen, 1 / MOST_OFF), MOST_OFF)
+        factors.setdefault(name, []).append((math.log(foreseen), math.log(factor)))
+    return {name: {e: d * _between(factors[name], d) for e, d in own.items()} for name, own in losses.items()}
+
+
+def _between(known: list[tuple[float, float]], damage: float) -> float:
+    """The factor at a damage, from ``(log damage, log factor)`` of one or two others; constant beyond them."""
+    xs, ys = zip(*sorted(known))
+    return math.exp(float(np.interp(math.log(max(damage, 1e-30)), xs, ys)))
 
 
 def hessian(job: Survey) -> Losses:
@@ -185,10 +209,20 @@ def measured_alone(
     job: Survey, meter: KLMeter, wanted: Mapping[str, Iterable[str]]
 ) -> Iterator[tuple[str, str, float]]:
     """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone."""
-    todo = sum(len(list(entries)) for entries in wanted.values())
-    for done, (name, entry, made) in enumerate(job.quantized(wanted), 1):
-        yield name, entry, meter.measure({name: made.dequantize()})
-        job.progress("Measuring", done, todo)
+    todo: dict[str, list[str]] = {}
+    for name, entries in wanted.items():
+        for entry in entries:
+            known = job.findings.get("alone", name, job.format(name, entry))
+            if known is None:
+                todo.setdefault(name, []).append(entry)
+            else:
+                yield name, entry, known
+    total = sum(map(len, todo.values()))
+    for done, (name, entry, made) in enumerate(job.quantized(todo) if todo else (), 1):
+        found = meter.measure({name: made.dequantize()})
+        job.findings.add("alone", name, job.format(name, entry), found)
+        yield name, entry, found
+        job.progress("Measuring", done, total)
 
 
 DAMAGE: dict[str, Callable[[Survey], Losses]] = {
@@ -206,10 +240,9 @@ def measure(job: Survey, damage: str) -> Losses:
 
     Embedding and head are few and unlike all else: each of their entries is measured.
     """
-    inside = job.inside()
-    losses = DAMAGE[damage](inside)
-    if ends := {n: own for n, own in job.menu.items() if n not in inside.menu}:
-        losses |= {n: {} for n in ends}
-        for name, entry, found in measured_alone(job, single_meter(job), ends):
+    losses = DAMAGE[damage](job)
+    if job.ends:
+        losses |= {n: {} for n in job.ends}
+        for name, entry, found in measured_alone(job, single_meter(job), job.ends):
             losses[name][entry] = max(found, 0.0)
     return losses

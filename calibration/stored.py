@@ -64,11 +64,11 @@ class StoredStats:
         """Statistics of each group of block ``index``, under the name of its first target."""
         return self._read(f"block-{index:05d}.safetensors")
 
-    def read_head(self, name: str) -> LayerStats:
+    def read_head(self) -> LayerStats:
         """Statistics of the output head. Raises CheckpointError when they were not gathered."""
         if not (self.folder / "head.safetensors").exists():
-            raise self._lacking(name)
-        return self._read("head.safetensors")[name]
+            raise self._lacking("the output head")
+        return self._read("head.safetensors")["head"]
 
     def _lacking(self, name: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}: has no statistics of {name}; gather them anew in another directory")
@@ -77,8 +77,8 @@ class StoredStats:
         self._groups[str(index)] = groups
         self._write(f"block-{index:05d}.safetensors", stats)
 
-    def write_head(self, name: str, stats: LayerStats) -> None:
-        self._write("head.safetensors", {name: stats})
+    def write_head(self, stats: LayerStats) -> None:
+        self._write("head.safetensors", {"head": stats})
 
     def finish(self) -> None:
         """Declare the directory complete."""

@@ -236,7 +236,11 @@ class StreamedModel:
                 if twin not in skip and twin not in self._keys:
                     yield twin, self._keys[name][0]
 
-    def head_input(self, hidden: Tensor, head: Target) -> Tensor:
+    def is_tied(self, target: Target) -> bool:
+        """Whether another parameter is this one by a second name, as a head may be the table of the embedding."""
+        return f"{target.module_path}.{target.param_name}" in self.tied.values()
+
+    def head_input(self, hidden: Tensor) -> Tensor:
         """What the output head multiplies, ``(B, L, K)``, given the hidden states that leave the last block."""
         seen: list[Tensor] = []
 
@@ -247,7 +251,7 @@ class StreamedModel:
         for module in self.block_modules:
             module.forward = lambda states, *args, **kwargs: hidden.to(self.model.dtype)  # type: ignore[method-assign]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
-        watched = {read_weight(self.model, head).data_ptr(): head.name}
+        watched = {self.model.get_output_embeddings().weight.data_ptr(): "head"}
         try:
             with torch.no_grad(), suppress(_Seen), InputTap(watched, see, ids.numel()):
                 self.model(ids, use_cache=False)
@@ -296,11 +300,14 @@ class StreamedModel:
             weights = {t.name: read_weight(self.model, t) for t in targets}
             tree = {f"{name}.{n}": p.detach() for n, p in module.named_parameters()}
             converted = {n: p for n, p in tree.items() if n in self._converted}
+            stored = [p.dtype for p in module.parameters()]
             for param in module.parameters():
                 param.requires_grad_(False)
                 param.data = param.data.to(self.dtype)
             yield Block(name, index, module, targets, weights, converted, self.model)
             module.to("meta")
+            for param, dtype in zip(module.parameters(), stored):
+                param.data = param.data.to(dtype)  # a later pass loads into what it finds: not rounded, then
 
     # -- running -------------------------------------------------------------------------------------------------
 

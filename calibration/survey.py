@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import fewbits
 from fewbits.calibration.collect import Collector
 from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.findings import Findings
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
 from fewbits.quant.quantizers.rtn import RTN
@@ -29,7 +31,8 @@ class Survey:
     """What a damage model works from.
 
     Attributes:
-        menu: formats to judge, by tensor and entry.
+        menu: formats to judge, by tensor of the decoder blocks and entry.
+        ends: the same for embedding and head, where they have a choice.
         text: calibration rows; None only for models that look at weights alone.
         stored: statistics of the original model on disk: read if they are complete, else written.
     """
@@ -37,18 +40,26 @@ class Survey:
     streamed: StreamedModel
     recipe: Recipe
     menu: Mapping[str, Mapping[str, Format]]
+    ends: Mapping[str, Mapping[str, Format]]
     text: CalibrationSet | None
     stored: StoredStats | None
     seed: int
     progress: Progress
     _groups: list[list[str]] = field(default_factory=list)
+    _head: LayerStats | None = None
+
+    def __post_init__(self) -> None:
+        self.findings = Findings(self.stored.folder if self.stored else None, {
+            "fewbits": fewbits.__version__, "seed": self.seed, "quantizer": self.recipe.quantizer,
+            "threads": torch.get_num_threads(), "device": str(self.streamed.device),
+        })
 
     def blocks(self) -> Iterator[tuple[Block, dict[str, LayerStats]]]:
         """Each block with the statistics of the original model's inputs, by target (shared ones are one object)."""
         settings = self.recipe.calibration.model_copy(update={"inputs": "original", "true_sequential": False})
         recipe = self.recipe.model_copy(update={"calibration": settings, "quantizer": {"name": "gptq", "qep": 0.0}})
         collector = Collector(self.streamed, recipe, self.menu, self.text, self.stored)
-        self._groups.clear()
+        self._groups = []
         total = len(self.streamed.block_modules)
         with contextlib.closing(collector):
             for block in self.streamed.blocks():
@@ -61,34 +72,36 @@ class Survey:
                 yield block, stats
                 collector.advance(block)
                 self.progress("Surveying", block.index + 1, total)
+            if self.ends or collector.keeps:
+                self._head = collector.observe_head()
         if self.stored:
             self.stored.finish()
 
-    def inside(self) -> Survey:
-        """The same for the decoder blocks alone."""
-        menu = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
-        return self if len(menu) == len(self.menu) else replace(self, menu=menu)
-
     def quantized(self, wanted: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, QuantizedTensor]]:
-        """``(tensor, entry, codes)`` for each wanted entry of each tensor, all else being the original.
-
-        Inside the blocks by the recipe's quantizer; embedding and head are rounded to nearest.
-        """
-        inside = {n for n in wanted if self.streamed.block_index(n) is not None}
+        """``(tensor, entry, codes)`` for each wanted entry of each tensor, all else being the original."""
         quantizer = self.recipe.make_quantizer()
-        for block, stats in self.blocks() if inside else ():
-            for name in sorted(stats.keys() & inside):
+        for block, stats in self.blocks():
+            for name in sorted(stats.keys() & wanted.keys()):
                 yield from self._entries(quantizer, name, block.weights[name], stats[name], wanted[name])
-        for name in [n for n in wanted if n not in inside]:
-            weight = self.streamed.weight(self.streamed.targets[name]).float()
-            yield from self._entries(RTN("search"), name, weight, None, wanted[name])
+        for name in [n for n in self.ends if n in wanted]:
+            target = self.streamed.targets[name]
+            weight = self.streamed.weight(target).float()
+            if target.kind == "embedding" and not self.streamed.is_tied(target):  # looked up, never multiplied
+                yield from self._entries(RTN("search"), name, weight, None, wanted[name])
+            else:
+                yield from self._entries(quantizer, name, weight, self._head, wanted[name])
 
     def _entries(
         self, quantizer: Quantizer, name: str, weight: Tensor, stats: LayerStats | None, entries: Iterable[str]
     ) -> Iterator[tuple[str, str, QuantizedTensor]]:
         for entry in entries:
-            made, _ = quantizer.quantize(weight, stats, [(self.menu[name][entry], weight.shape[1])], seed=self.seed)
+            layout = [(self.format(name, entry), weight.shape[1])]
+            made, _ = quantizer.quantize(weight, stats, layout, seed=self.seed)
             yield name, entry, made
+
+    def format(self, name: str, entry: str) -> Format:
+        """What an entry of the menu means for a tensor."""
+        return (self.menu.get(name) or self.ends[name])[entry]
 
     def groups(self) -> list[list[str]]:
         """Targets that read one input, as the last pass saw them; or a short pass over a few tokens, to see them."""

@@ -295,20 +295,21 @@ def _quantize_step(
 def _write_rest(job: _Job, collector: Collector) -> None:
     """What lies outside the decoder blocks: embeddings, final norm, head, quantized only where the recipe says so."""
     if job.writer.has(0):
-        for target, _ in job.assignment.outside():
-            if collector.keeps and target.kind != "embedding":
-                collector.observe_head(target)
+        if collector.keeps:
+            collector.observe_head()
         return
     tensors: dict[str, QuantizedTensor] = {}
     facts = []
+    with job.clock.calibrating():
+        needs = job.quantizer.needs_stats and any(job.assignment.is_multiplied(t) for t, _ in job.assignment.outside())
+        head = collector.observe_head() if needs or collector.keeps else None
     for target, fmt in job.assignment.outside():
         weight = job.streamed.weight(target)
         check_finite(target.name, weight)
         weight = weight.float()
-        # an embedding is looked up, not multiplied: it has no input statistics
-        how: Quantizer = RTN("search") if target.kind == "embedding" else job.quantizer
-        with job.clock.calibrating():
-            own = collector.observe_head(target) if how.needs_stats else None
+        multiplied = job.assignment.is_multiplied(target)
+        how: Quantizer = job.quantizer if multiplied else RTN("search")  # what is looked up has no input statistics
+        own = head if multiplied and how.needs_stats else None
         with job.clock.quantizing():
             tensors[target.name], extra = how.quantize(weight, own, [(fmt, weight.shape[1])], seed=job.seed)
         facts.append(tensor_fact(target.name, weight, tensors[target.name], own, extra, linear=False))

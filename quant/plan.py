@@ -28,11 +28,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assignment:
-    """Formats by target name; a target that is not in ``formats`` stays dense."""
+    """Formats by target name; a target that is not in ``formats`` stays dense.
+
+    Attributes:
+        outside_names: targets outside the decoder blocks.
+        shared: tables whose codes a tied head reads.
+    """
 
     formats: dict[str, Format]
     targets: dict[str, Target]
     outside_names: tuple[str, ...]
+    shared: frozenset[str] = frozenset()
+
+    def is_multiplied(self, target: Target) -> bool:
+        """Whether a product with hidden states reads these codes, be it through a head that is tied to them."""
+        return target.kind != "embedding" or target.name in self.shared
 
     def by_format(self, group: Iterable[str]) -> dict[Format, list[str]]:
         """Those of a group that are quantized, by format: rows of one format and one input can be swept as one."""
@@ -132,10 +142,10 @@ def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
             formats[name] = fmt
     if not formats:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(targets)} tensors; keep fewer")
-    _share_tied(formats, streamed)
+    shared = _share_tied(formats, streamed)
     _require_whole_experts(formats, targets)
     outside = tuple(n for n in targets if streamed.block_index(n) is None)
-    return Assignment(formats, targets, outside)
+    return Assignment(formats, targets, outside, shared)
 
 
 def ends_of(streamed: StreamedModel) -> list[str]:
@@ -145,14 +155,21 @@ def ends_of(streamed: StreamedModel) -> list[str]:
             if streamed.block_index(n) is None and streamed.model.get_submodule(t.module_path) in modules]
 
 
-def _share_tied(formats: dict[str, Format], streamed: StreamedModel) -> None:
-    """A head that is tied to a quantized table reads that table, which is stored once, unless it has its own format."""
+def _share_tied(formats: dict[str, Format], streamed: StreamedModel) -> frozenset[str]:
+    """Tables that are stored once for themselves and a tied head: it reads their codes, unless it has its own format.
+
+    Raises:
+        RecipeError: the head is of a kind that cannot.
+    """
+    shared = set()
     for name, twin in ((n.rpartition(".")[0], t.rpartition(".")[0]) for n, t in streamed.tied.items()):
         if twin in formats and formats.get(name, formats[twin]) == formats[twin]:
             formats.pop(name, None)
+            shared.add(twin)
             if type(head := streamed.model.get_submodule(name)) is not nn.Linear:
                 raise RecipeError(f"embeddings: {twin} is tied to {name}, a {type(head).__name__} that cannot read "
                                   "packed weights; add it to keep")
+    return frozenset(shared)
 
 
 def _require_whole_experts(formats: Mapping[str, Format], targets: Mapping[str, Target]) -> None:

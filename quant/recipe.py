@@ -113,6 +113,7 @@ class Allocate(_Table):
     formats: list[str] = Field([], description="the menu, e.g. int2_g64, or int2 for the group size auto")
     unit: Literal["tensor", "block"] = Field("tensor", description="what gets one format of its own")
     target: Literal["fewbits", "vllm", "sglang", "transformers", "llama.cpp"] = "fewbits"
+    rivals: list[str] = Field([], description="damage models (or uniform) whose plans compete by measured KL")
     refine: Literal["none", "evopress"] = "none"
     generations: int = Field(20, ge=1, description="of evopress")
     offspring: int = Field(16, ge=1, description="of evopress, in each generation")

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -156,4 +156,4 @@ def smallest(menu: Mapping[str, Mapping[str, Format]], base: Assignment) -> Assi
     for name, entries in menu.items():
         shape = base.targets[name].shape
         cheapest[name] = min(entries.values(), key=lambda f, s=shape: stored_bytes([(f, s[1])], s))  # type: ignore[misc]
-    return Assignment({**base.formats, **cheapest}, base.targets, base.outside_names)
+    return replace(base, formats={**base.formats, **cheapest})

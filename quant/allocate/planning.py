@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
 from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
 from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prior
-from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
+from fewbits.quant.allocate.refine import Levels, Trust, elect, measure_trust, require_trust, search, windows_around
 from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
 from fewbits.quant.plan import Assignment, assign, totals
 from fewbits.quant.recipe import Budget, Recipe
 
 PLAN_VERSION = 1
+UNIFORM = "uniform"
+"""Rival that proposes one entry for all, the largest that fits."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
         price: nats that one more byte would save.
         trust: how well the damage model ranks tensors, where that was asked for.
         search: what a refinement changed.
+        election: KL measured of each plan that was proposed, the least of which is this one.
     """
 
     recipe: Recipe
@@ -58,6 +61,7 @@ class Plan:
     seconds: dict[str, float] = field(default_factory=dict)
     trust: Trust | None = None
     search: dict[str, Any] | None = None
+    election: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +72,7 @@ class Plan:
             "predicted": None if self.predicted is None else self.predicted.to_json() | {"damage": self.damage},
             "footprint": None if self.footprint is None else dict(self.footprint.__dict__, total=self.footprint.total),
             "trust": None if self.trust is None else self.trust.to_json(), "search": self.search,
+            "election": self.election,
             "seconds": self.seconds, "tensors": self.facts,
         }
 
@@ -85,10 +90,10 @@ class Planner:
     ) -> None:
         self.streamed, self.recipe, self.seed = streamed, recipe, seed
         self._progress = progress or (lambda what, done, total: None)
-        if recipe.allocate.damage not in DAMAGE:
-            raise RecipeError(
-                f"allocate.damage: got {recipe.allocate.damage!r}, {nearest(recipe.allocate.damage, list(DAMAGE))}"
-            )
+        want = recipe.allocate
+        for key, got in [("damage", want.damage), *(("rivals", r) for r in want.rivals)]:
+            if got not in DAMAGE and (key, got) != ("rivals", UNIFORM):
+                raise RecipeError(f"allocate.{key}: got {got!r}, {nearest(got, list(DAMAGE))}")
         self.menu: Menu = build_menu(recipe, streamed)
         self._base = assign(recipe.model_copy(update={"plan": {}}), streamed)
         self._seconds: dict[str, float] = {}
@@ -106,7 +111,8 @@ class Planner:
     @property
     def needs_text(self) -> bool:
         """Whether the damage model looks at more than weights."""
-        return self.recipe.allocate.damage not in WEIGHTS_ONLY
+        want = self.recipe.allocate
+        return bool(want.rivals) or want.damage not in WEIGHTS_ONLY
 
     def allocation(
         self, text: CalibrationSet | None, stored: StoredStats | None, points: Sequence[tuple[float, float]]
@@ -114,7 +120,8 @@ class Planner:
         """The plan for the recipe's own budget as a run records it: formats by name, and what is predicted."""
         self.survey(text, stored)
         plan = self.plan(self.recipe.budget, points)
-        return {"formats": plan.recipe.plan, "damage": plan.damage, "predicted": plan.to_json()["predicted"]}
+        return {"formats": plan.recipe.plan, "damage": plan.damage, "predicted": plan.to_json()["predicted"],
+                "election": plan.election}
 
     def survey(self, text: CalibrationSet | None, stored: StoredStats | None = None) -> None:
         """Find what every entry of the menu does to every tensor.
@@ -129,15 +136,19 @@ class Planner:
         start = time.monotonic()
         want = self.recipe.allocate
         if stored is None and text is not None and (
-            want.trust or want.refine != "none" or want.damage == "measured"
+            want.trust or want.refine != "none" or want.rivals or want.damage == "measured"
         ):  # several passes will read it
             self._folder = tempfile.TemporaryDirectory(prefix="fewbits-")
             stored = StoredStats(Path(self._folder.name), {})
-        self._job = job = Survey(self.streamed, self.recipe, self.menu, text, stored, self.seed, self._progress)
+        inside = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
+        ends = {n: own for n, own in self.menu.items() if n not in inside}
+        self._job = job = Survey(self.streamed, self.recipe, inside, ends, text, stored, self.seed, self._progress)
         self.losses = measure(job, want.damage)
         groups = job.groups() if ENGINES[want.target].fused else []
         self.units = build_units(self.menu, self.streamed, groups, self.recipe)
         self._seconds["survey"] = time.monotonic() - start
+        self._levels = Levels(job)
+        self._rivals = {r: measure(job, r) for r in want.rivals if r != UNIFORM}
         if want.trust and text is not None:
             start = time.monotonic()
             self.trust = measure_trust(job, self.losses, want.trust)
@@ -156,15 +167,18 @@ class Planner:
         start = time.monotonic()
         budgeted = Measure(budget, self.streamed)
         budgeted.refuse(smallest(self.menu, self._base))
-        losses = [[sum(self.losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
+        losses = self._by_unit(self.losses)
         solution, chosen, spare = self._within(budgeted, losses)
-        choice, search_facts = list(solution.choice), None
-        if self.recipe.allocate.refine == "evopress":
-            want = self.recipe.allocate
+        choice, search_facts, election = list(solution.choice), None, None
+        want = self.recipe.allocate
+        if want.rivals:
+            choice, election = self._elect(budgeted, choice, spare)
+        if want.refine == "evopress":
             choice, search_facts = search(
-                self._job, self.units, losses, choice, spare,
+                self._job, self._levels, self.units, windows_around(self.units, losses, choice), choice, spare,
                 Schedule(generations=want.generations, offspring=want.offspring),
             )
+        if want.rivals or search_facts:
             chosen = self._assignment(choice)
         facts = chosen.facts(self.streamed)
         entries = {n: u.entries[i] for u, i in zip(self.units, choice) for n in u.names}
@@ -181,8 +195,30 @@ class Planner:
             self._prior(chosen),
             predict_kl(damage, model, points) if in_nats(model) or points else None,
             budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,
-            {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts,
+            {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts, election,
         )
+
+    def _by_unit(self, losses: Losses) -> list[list[float]]:
+        return [[sum(losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
+
+    def _elect(self, budgeted: Measure, choice: list[int], spare: int) -> tuple[list[int], dict[str, float]]:
+        """The best of this damage model's plan and its rivals', by measured KL."""
+        want = self.recipe.allocate
+        candidates = {want.damage: choice}
+        for rival in want.rivals:
+            if rival != UNIFORM:
+                candidates[rival] = list(self._within(budgeted, self._by_unit(self._rivals[rival]))[0].choice)
+            elif (uniform := self._uniform(spare)) is not None:
+                candidates[rival] = uniform
+        winner, scores = elect(self._job, self._levels, self.units, candidates)
+        return candidates[winner], scores
+
+    def _uniform(self, spare: int) -> list[int] | None:
+        """The largest entry that all units can have within the budget, or None."""
+        shared = [e for e in self.units[0].entries if all(e in u.entries for u in self.units)]
+        plans = [[u.entries.index(e) for u in self.units] for e in shared]
+        costs = {sum(u.costs[i] for u, i in zip(self.units, plan)): plan for plan in plans}
+        return costs[max(fits)] if (fits := [c for c in costs if c <= spare]) else None
 
     def _prior(self, chosen: Assignment) -> Prediction:
         weights = {n: n_out * n_in for n, (n_out, n_in) in ((n, chosen.targets[n].shape) for n in chosen.formats)}
@@ -208,7 +244,7 @@ class Planner:
         formats = dict(self._base.formats)
         for unit, i in zip(self.units, choice):
             formats |= {name: self.menu[name][unit.entries[i]] for name in unit.names}
-        return Assignment(formats, self._base.targets, self._base.outside_names)
+        return replace(self._base, formats=formats)
 
 
 def read_plan(path: Path, recipe: Recipe, streamed: StreamedModel) -> Recipe:

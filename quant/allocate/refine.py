@@ -38,7 +38,7 @@ class Trust:
 
 def sample_tensors(job: Survey, n: int) -> dict[str, str]:
     """``n`` tensors spread over depth and type, each with the cheapest entry of its menu, where damage is clearest."""
-    names = list(job.inside().menu)
+    names = list(job.menu)
     step = max(1, len(names) // n)
     while step > 1 and len(names) > 7 and step % 7 == 0:  # a stride of whole blocks would see one type only
         step -= 1
@@ -68,24 +68,47 @@ def require_trust(trust: Trust, damage: str) -> None:
         )
 
 
-def search(
-    job: Survey, units: Sequence[Unit], losses: Sequence[Sequence[float]], start: Sequence[int], budget: int,
-    schedule: Schedule,
-) -> tuple[list[int], dict[str, Any]]:
-    """EvoPress from a solution, each unit one level up or down of where it starts; and what came of it.
+def elect(
+    job: Survey, levels: Levels, units: Sequence[Unit], candidates: Mapping[str, Sequence[int]]
+) -> tuple[str, dict[str, float]]:
+    """Which of some plans has the least KL when it is carried out, and the KL of each: proposed is not decided.
 
-    The result is kept only if it beats the start on rows that the search never saw.
+    Measured on rows that no damage model has looked at, with the original model's statistics for all.
+
+    Args:
+        candidates: by who proposes it, the entry of each unit.
     """
-    ladders = [[o.index for o in undominated(u.costs, e)] for u, e in zip(units, losses)]
-    places = [ladder.index(i) for ladder, i in zip(ladders, start)]
-    windows = [ladder[max(p - 1, 0) : p + 2] for ladder, p in zip(ladders, places)]
-    levels = _Levels(job, {n: [u.entries[i] for i in w] for u, w in zip(units, windows) for n in u.names})
-    first = tuple(w.index(i) for w, i in zip(windows, start))
+    meter = KLMeter(job.dense_model(), unseen_rows(job)[-_HELD_OUT:])
+    found: dict[tuple[int, ...], float] = {}
+    for done, choice in enumerate(candidates.values(), 1):
+        if (key := tuple(choice)) not in found:
+            wanted = {n: u.entries[i] for u, i in zip(units, choice) for n in u.names}
+            levels.make({n: [e] for n, e in wanted.items()})
+            found[key] = meter.measure({n: levels.dense(n, e) for n, e in wanted.items()})
+        job.progress("Comparing plans", done, len(candidates))
+    scores = {by: found[tuple(choice)] for by, choice in candidates.items()}
+    return min(scores, key=scores.__getitem__), scores
+
+
+def unseen_rows(job: Survey) -> list[Tensor]:
+    """Calibration rows from the end, as many as their probabilities fit in memory; damage models look at the first."""
     assert job.text is not None
     rows = job.rows(len(job.text.tokens))
     vocabulary = job.streamed.model.get_input_embeddings().weight.shape[0]
-    limit = max(4 + _HELD_OUT, int(_LOGIT_BYTES // (len(rows[0]) * vocabulary * 4)))
-    rows = rows[-limit:]  # the first ones are what the damage model has seen
+    return rows[-max(4 + _HELD_OUT, int(_LOGIT_BYTES // (len(rows[0]) * vocabulary * 4))) :]
+
+
+def search(
+    job: Survey, levels: Levels, units: Sequence[Unit], windows: Sequence[Sequence[int]], start: Sequence[int],
+    budget: int, schedule: Schedule,
+) -> tuple[list[int], dict[str, Any]]:
+    """EvoPress from a solution, within a window of entries for each unit; and what came of it.
+
+    The result is kept only if it beats the start on rows that the search never saw.
+    """
+    levels.make({n: [u.entries[i] for i in w] for u, w in zip(units, windows) for n in u.names})
+    first = tuple(w.index(i) for w, i in zip(windows, start))
+    rows = unseen_rows(job)
     meter = KLMeter(job.dense_model(), rows)
 
     def weights(choice: Choice) -> Mapping[str, Tensor]:
@@ -118,16 +141,30 @@ def _facts(found: Evolved, before: float, after: float, kept: bool) -> dict[str,
     }
 
 
-class _Levels:
-    """The recipe's quantizer applied to every tensor at every level that the search can reach; kept packed."""
+def windows_around(
+    units: Sequence[Unit], losses: Sequence[Sequence[float]], start: Sequence[int]
+) -> list[list[int]]:
+    """For each unit the entry it starts from and the next ones up and down that are worth their bytes."""
+    ladders = [[o.index for o in undominated(u.costs, e)] for u, e in zip(units, losses)]
+    places = [ladder.index(i) for ladder, i in zip(ladders, start)]
+    return [ladder[max(p - 1, 0) : p + 2] for ladder, p in zip(ladders, places)]
 
-    def __init__(self, job: Survey, wanted: Mapping[str, Sequence[str]]) -> None:
-        self._menu = job.menu
+
+class Levels:
+    """Tensors quantized at entries of the menu, each alone, made when they are first asked for and kept packed."""
+
+    def __init__(self, job: Survey) -> None:
+        self._job = job
         self._packed: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for name, entry, made in job.quantized(wanted):
-            self._packed[name, entry] = made.pack()
+
+    def make(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        """See that these are there: one pass over the model for all that are not."""
+        todo = {n: [e for e in dict.fromkeys(entries) if (n, e) not in self._packed] for n, entries in wanted.items()}
+        if todo := {n: entries for n, entries in todo.items() if entries}:
+            for name, entry, made in self._job.quantized(todo):
+                self._packed[name, entry] = made.pack()
 
     def dense(self, name: str, entry: str) -> Tensor:
         packed = self._packed[name, entry]
         columns = int(packed["weight_shape"][1])
-        return QuantizedTensor.unpack(packed, [(self._menu[name][entry], columns)]).dequantize()
+        return QuantizedTensor.unpack(packed, [(self._job.format(name, entry), columns)]).dequantize()

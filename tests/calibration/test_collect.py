@@ -168,8 +168,7 @@ def test_sums_are_those_of_the_whole_model(family: str, skip: int, tiny) -> None
         assert_same(stats[name], expected[name], name)
     if family != "qwen3-moe":
         assert {s.n_tokens for s in stats.values()} == {rows.n_tokens - (10 * skip + 2 + 1 if skip else 0)}
-    head = next(t for n, t in model.targets.items() if n == "lm_head")
-    assert_same(collector.observe_head(head), expected["lm_head"], "lm_head")
+    assert_same(collector.observe_head(), expected["lm_head"], "lm_head")
 
 
 def test_experts_that_see_every_token_in_an_order_of_their_own(tmp_path: Path) -> None:
@@ -227,7 +226,7 @@ def test_without_text_nothing_runs(tiny) -> None:
     for block, step, stats in walk(collector, model):
         assert stats == {} and sorted(n for g in step for n in g) == sorted(t.name for t in block.targets)
         assert all(len(g) == 1 for g in step)
-    assert collector.observe_head(model.targets["lm_head"]) is None
+    assert collector.observe_head() is None
 
 
 def test_settings_that_contradict_each_other(tiny) -> None:
@@ -273,7 +272,7 @@ def test_statistics_see_the_quantized_blocks_before(family: str, inputs: str, ti
         collector.install(block, made)
         replace(reference, made)
     expected = original if inputs == "original" else whole_inputs(reference, rows)
-    assert_same(collector.observe_head(model.targets["lm_head"]), expected["lm_head"], "lm_head")
+    assert_same(collector.observe_head(), expected["lm_head"], "lm_head")
     changed = whole_inputs(reference, rows)["lm_head"]
     assert (changed - original["lm_head"]).norm() > 0.01 * changed.norm()  # or the test above tests nothing
 
@@ -432,7 +431,7 @@ def keep(folder: Path, path: Path, wanted: list[str] | None = None, **settings: 
     made = recipe(inputs="original", **settings)
     collector = Collector(model, made, in_blocks(model) if wanted is None else wanted, text(10), stored)
     assert collector.runs == (not stored.complete)
-    out = gathered(collector, model) | {"lm_head": collector.observe_head(model.targets["lm_head"])}
+    out = gathered(collector, model) | {"lm_head": collector.observe_head()}
     stored.finish()
     return out
 
@@ -441,7 +440,7 @@ def keep(folder: Path, path: Path, wanted: list[str] | None = None, **settings: 
 def test_kept_statistics_are_those_of_a_fresh_run(family: str, tiny, tmp_path: Path) -> None:
     model = streamed(tiny(family))
     collector = Collector(model, recipe(inputs="original"), in_blocks(model), text(10))
-    fresh = gathered(collector, model) | {"lm_head": collector.observe_head(model.targets["lm_head"])}
+    fresh = gathered(collector, model) | {"lm_head": collector.observe_head()}
     first = keep(tmp_path / "stats", tiny(family))
     again = keep(tmp_path / "stats", tiny(family))
     assert fresh.keys() == first.keys() == again.keys()

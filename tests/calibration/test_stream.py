@@ -78,10 +78,8 @@ def test_head_input_is_that_of_the_whole_model(family: str, tiny) -> None:
     seen: list[Tensor] = []
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     states = run_through(ours)[-1]
-    head = next(t for t in ours.targets.values() if ours.model.get_submodule(t.module_path) is
-                ours.model.get_output_embeddings())
     with ours.outer(head=True):
-        got = [ours.head_input(h, head) for h in states]
+        got = [ours.head_input(h) for h in states]
     for batch, x in zip(batches(), got):
         seen.clear()
         with torch.no_grad():
@@ -254,3 +252,13 @@ def test_hidden_states_in_memory_and_on_disk(dtype: torch.dtype, tmp_path: Path)
     disk[0].zero_()  # what is read from disk is a copy
     assert torch.equal(disk[0], given[0])
     assert not list(tmp_path.iterdir())  # the file has no name, so that no kill leaves it behind
+
+
+def test_a_second_pass_gives_the_same_weights(tiny) -> None:
+    """The dtype that blocks compute in must not round what the next pass reads."""
+    model = StreamedModel(open_source(tiny("llama")), dtype=torch.bfloat16, device=torch.device("cpu"))
+    first = {n: w.clone() for block in model.blocks() for n, w in block.weights.items()}
+    second = {n: w.clone() for block in model.blocks() for n, w in block.weights.items()}
+    assert first and all(w.dtype == torch.float32 for w in first.values())
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]) and second[name].dtype == torch.float32
