@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -289,7 +289,7 @@ class StreamedModel:
             if self.model.get_parameter(name).is_meta:
                 raise ModelError(f"{name}: not in the checkpoint {self.source.name}; download it again")
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Generator[Block]:
         """Each decoder block in turn, with its weights; they leave memory when the next one is asked for."""
         for index, module in enumerate(self.block_modules):
             name = f"{self.blocks_path}.{index}"
@@ -304,10 +304,12 @@ class StreamedModel:
             for param in module.parameters():
                 param.requires_grad_(False)
                 param.data = param.data.to(self.dtype)
-            yield Block(name, index, module, targets, weights, converted, self.model)
-            module.to("meta")
-            for param, dtype in zip(module.parameters(), stored):
-                param.data = param.data.to(dtype)  # a later pass loads into what it finds: not rounded, then
+            try:
+                yield Block(name, index, module, targets, weights, converted, self.model)
+            finally:
+                module.to("meta")
+                for param, dtype in zip(module.parameters(), stored):
+                    param.data = param.data.to(dtype)  # a later pass loads into what it finds: not rounded, then
 
     # -- running -------------------------------------------------------------------------------------------------
 

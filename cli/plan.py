@@ -100,6 +100,12 @@ def plan(
         f = made.footprint
         say(f"memory: {f.total / 1e6:.1f} MB = weights {f.weights / 1e6:.1f} + KV cache {f.kv_cache / 1e6:.1f} + "
             f"activations {f.activations / 1e6:.1f}")
+    if made.run is not None:
+        say(f"quantizing with it will take about {made.run.seconds / 60:.1f} min and "
+            f"{made.run.peak_memory / 1e9:.1f} GB of memory on this machine")
+    if made.election is not None:
+        say("measured KL of the plans that competed: "
+            + ", ".join(f"{by} {kl:.4f}" for by, kl in sorted(made.election.items(), key=lambda item: item[1])))
     if data["predicted"]:
         say(predicted_and_measured(data["predicted"], None) + f" ({data['predicted']['basis']})")
     for path in (out, json):

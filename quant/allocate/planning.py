@@ -16,6 +16,7 @@ from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import Losses, Progress, Survey
 from fewbits.quant.allocate.budget import Footprint, Measure, smallest
+from fewbits.quant.allocate.estimate import RunEstimate, estimate_run
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
 from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
@@ -24,6 +25,7 @@ from fewbits.quant.allocate.refine import Levels, Trust, elect, measure_trust, r
 from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
 from fewbits.quant.plan import Assignment, assign, totals
+from fewbits.quant.prepare import load_text
 from fewbits.quant.recipe import Budget, Recipe
 
 PLAN_VERSION = 1
@@ -46,6 +48,7 @@ class Plan:
         trust: how well the damage model ranks tensors, where that was asked for.
         search: what a refinement changed.
         election: KL measured of each plan that was proposed, the least of which is this one.
+        run: time and memory that carrying it out will take, where that was asked for.
     """
 
     recipe: Recipe
@@ -62,6 +65,7 @@ class Plan:
     trust: Trust | None = None
     search: dict[str, Any] | None = None
     election: dict[str, float] | None = None
+    run: RunEstimate | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -72,7 +76,7 @@ class Plan:
             "predicted": None if self.predicted is None else self.predicted.to_json() | {"damage": self.damage},
             "footprint": None if self.footprint is None else dict(self.footprint.__dict__, total=self.footprint.total),
             "trust": None if self.trust is None else self.trust.to_json(), "search": self.search,
-            "election": self.election,
+            "election": self.election, "run": None if self.run is None else self.run.to_json(),
             "seconds": self.seconds, "tensors": self.facts,
         }
 
@@ -134,7 +138,7 @@ class Planner:
             RecipeError: measured KL does not bear the damage model out.
         """
         start = time.monotonic()
-        want = self.recipe.allocate
+        want, self._kept = self.recipe.allocate, stored is not None
         if stored is None and text is not None and (
             want.trust or want.refine != "none" or want.rivals or want.damage == "measured"
         ):  # several passes will read it
@@ -154,6 +158,14 @@ class Planner:
             self.trust = measure_trust(job, self.losses, want.trust)
             self._seconds["trust"] = time.monotonic() - start
             require_trust(self.trust, want.damage)
+
+    def estimate(self, plan: Plan) -> RunEstimate:
+        """Time and memory that quantizing with a plan will take on this machine."""
+        job, recipe = self._job, plan.recipe
+        text = job.text
+        if recipe.make_quantizer().needs_stats and text is None:
+            text, _ = load_text(recipe, self.streamed, self.seed, held_out=False)
+        return estimate_run(self.streamed, recipe, assign(recipe, self.streamed), text, stored=self._kept)
 
     def plan(self, budget: Budget, points: Sequence[tuple[float, float]] = ()) -> Plan:
         """The plan with the least damage within a budget.

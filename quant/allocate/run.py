@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def plan(
     if not chosen.budget.given:
         raise BudgetError("plan: got no budget; give --bpw, --bpw-total, --size or --fits-in")
     made = planner.plan(chosen.budget, measured)
+    made = replace(made, run=planner.estimate(made))
     made.seconds["total"] = time.monotonic() - started
     return made
 

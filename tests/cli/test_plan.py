@@ -35,6 +35,8 @@ def test_a_plan_is_carried_out_to_the_byte(tiny, text, tmp_path, capsys) -> None
     assert planned == json.loads(Path(file).read_text())
     assert planned.keys() >= {"bytes", "bits_per_weight", "bits_per_weight_total", "predicted", "tensors", "seconds"}
     assert planned["predicted"].keys() >= {"kl_mean", "band"}
+    assert planned["election"].keys() == {"measured", "fisher", "uniform"}
+    assert 0 < planned["run"]["seconds"] < 600 and 1e8 < planned["run"]["peak_memory"] < 1e10
     assert not out.exists()
     made = _json(capsys, "quantize", model, "-o", str(out), "--plan", file, *text, *SMALL)
     assert made["bytes"] == planned["bytes"] and made["bits_per_weight"] == planned["bits_per_weight"] <= 4.5
