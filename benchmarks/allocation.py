@@ -50,9 +50,9 @@ def main() -> None:
     stats = protocol.RESULTS / "stats"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
-    def measure(recipe: Recipe, key: tuple[str, float | str], **more: Any) -> None:
+    def measure(chosen: Recipe, key: tuple[str, float | str], **more: Any) -> None:
         out = protocol.RESULTS / "checkpoints" / f"{bench}-{key[0]}"
-        made = fewbits.quantize(source, out, recipe=recipe, force=True, stats=None if args.sequential else stats)
+        made = fewbits.quantize(source, out, recipe=chosen, force=True, stats=None if args.sequential else stats)
         scores = fewbits.evaluate(
             out, baseline=baseline, text=[protocol.text("test")], window=protocol.WINDOW, limit=protocol.KL_WINDOWS,
         ).to_json()
@@ -73,8 +73,8 @@ def main() -> None:
             for fmt in UNIFORM:
                 if not known(name, fmt):
                     rules = [{"match": "model.layers.*", "format": fmt}]
-                    recipe = _recipe("gptq", {"rules": rules})
-                    measure(_sequential(recipe) if args.sequential else recipe, (name, fmt))
+                    uniform = recipe("gptq", {"rules": rules})
+                    measure(_sequential(uniform) if args.sequential else uniform, (name, fmt))
             continue
         budgets = [b for b in args.bpw if not known(name, b)]
         if not budgets:
@@ -89,9 +89,10 @@ def main() -> None:
             except fewbits.FewbitsError as error:
                 print(f"{name} {b}: {error}")
                 continue
-            recipe = _sequential(plan.recipe) if args.sequential else plan.recipe
-            measure(recipe, (name, b), predicted=plan.to_json()["predicted"], damage=plan.damage,
-                    trust=plan.to_json()["trust"], search=plan.search, survey_cpu_seconds=survey_seconds,
+            chosen = _sequential(plan.recipe) if args.sequential else plan.recipe
+            facts = plan.to_json()
+            measure(chosen, (name, b), survey_cpu_seconds=survey_seconds,
+                    **{k: facts[k] for k in ("predicted", "damage", "trust", "search", "election")},
                     allocation_cpu_seconds=time.process_time() - started)
 
 
@@ -106,14 +107,15 @@ def _sequential(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"calibration": settings})
 
 
-def _recipe(name: str, more: dict[str, Any]) -> Recipe:
+def recipe(name: str, more: dict[str, Any]) -> Recipe:
+    """A recipe on the protocol's calibration, with statistics of the original model."""
     search = {"allocate.generations": 10} if name == "evopress" else {}
     return load_recipe(name, {**_overrides(), **search, **more})
 
 
 def _survey(name: str, source: Path, stats: Path) -> Planner:
-    recipe = _recipe(name, {"allocate.formats": MENUS[name]})
-    planner, _ = prepare_planner(source, recipe, None, stats, None, None, 0, None)
+    chosen = recipe(name, {"allocate.formats": MENUS[name]})
+    planner, _ = prepare_planner(source, chosen, None, stats, None, None, 0, None)
     return planner
 
 

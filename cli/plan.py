@@ -103,6 +103,9 @@ def plan(
     if made.run is not None:
         say(f"quantizing with it will take about {made.run.seconds / 60:.1f} min and "
             f"{made.run.peak_memory / 1e9:.1f} GB of memory on this machine")
+    if made.trust is not None:
+        say(f"trust: {made.trust.damage} ranks {made.trust.tensors} tensors as their measured KL does with Spearman "
+            f"{made.trust.rho:.2f}")
     if made.election is not None:
         say("measured KL of the plans that competed: "
             + ", ".join(f"{by} {kl:.4f}" for by, kl in sorted(made.election.items(), key=lambda item: item[1])))

@@ -146,22 +146,24 @@ class Planner:
             stored = StoredStats(Path(self._folder.name), {})
         inside = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
         ends = {n: own for n, own in self.menu.items() if n not in inside}
-        self._job = job = Survey(self.streamed, self.recipe, inside, ends, text, stored, self.seed, self._progress)
+        self.job = job = Survey(self.streamed, self.recipe, inside, ends, text, stored, self.seed, self._progress)
         self.losses = measure(job, want.damage)
         groups = job.groups() if ENGINES[want.target].fused else []
         self.units = build_units(self.menu, self.streamed, groups, self.recipe)
         self._seconds["survey"] = time.monotonic() - start
         self._levels = Levels(job)
         self._rivals = {r: measure(job, r) for r in want.rivals if r != UNIFORM}
-        if want.trust and text is not None:
+        if text is not None and (want.trust or want.damage == "measured"):
             start = time.monotonic()
-            self.trust = measure_trust(job, self.losses, want.trust)
+            proxy = "fisher" if want.damage == "measured" else want.damage  # measured by itself, so that this is free
+            self.trust = measure_trust(job, proxy, measure(job, proxy), want.trust or len(inside))
             self._seconds["trust"] = time.monotonic() - start
-            require_trust(self.trust, want.damage)
+            if want.trust:
+                require_trust(self.trust)
 
     def estimate(self, plan: Plan) -> RunEstimate:
         """Time and memory that quantizing with a plan will take on this machine."""
-        job, recipe = self._job, plan.recipe
+        job, recipe = self.job, plan.recipe
         text = job.text
         if recipe.make_quantizer().needs_stats and text is None:
             text, _ = load_text(recipe, self.streamed, self.seed, held_out=False)
@@ -187,7 +189,7 @@ class Planner:
             choice, election = self._elect(budgeted, choice, spare)
         if want.refine == "evopress":
             choice, search_facts = search(
-                self._job, self._levels, self.units, windows_around(self.units, losses, choice), choice, spare,
+                self.job, self._levels, self.units, windows_around(self.units, losses, choice), choice, spare,
                 Schedule(generations=want.generations, offspring=want.offspring),
             )
         if want.rivals or search_facts:
@@ -222,7 +224,7 @@ class Planner:
                 candidates[rival] = list(self._within(budgeted, self._by_unit(self._rivals[rival]))[0].choice)
             elif (uniform := self._uniform(spare)) is not None:
                 candidates[rival] = uniform
-        winner, scores = elect(self._job, self._levels, self.units, candidates)
+        winner, scores = elect(self.job, self._levels, self.units, candidates)
         return candidates[winner], scores
 
     def _uniform(self, spare: int) -> list[int] | None:

@@ -28,42 +28,41 @@ _HELD_OUT = 6
 class Trust:
     """How well a damage model ranks tensors: Spearman's rho with KL measured one tensor at a time."""
 
+    damage: str
     rho: float
     tensors: int
     measured: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        return {"spearman": self.rho, "tensors": self.tensors}
+        return {"damage": self.damage, "spearman": self.rho, "tensors": self.tensors}
 
 
-def sample_tensors(job: Survey, n: int) -> dict[str, str]:
-    """``n`` tensors spread over depth and type, each with the cheapest entry of its menu, where damage is clearest."""
-    names = list(job.menu)
+def sample_tensors(losses: Losses, n: int) -> dict[str, str]:
+    """``n`` tensors spread over depth and type, each with the entry that hurts it most, where damage is clearest."""
+    names = list(losses)
     step = max(1, len(names) // n)
     while step > 1 and len(names) > 7 and step % 7 == 0:  # a stride of whole blocks would see one type only
         step -= 1
-    picked = names[::step][:n]
-    return {name: next(iter(job.menu[name])) for name in picked}
+    return {name: max(losses[name], key=losses[name].__getitem__) for name in names[::step][:n]}
 
 
-def measure_trust(job: Survey, losses: Losses, n: int) -> Trust:
+def measure_trust(job: Survey, damage: str, losses: Losses, n: int) -> Trust:
     """Quantize ``n`` tensors, one at a time, and compare the KL of each with what the damage model says."""
     from scipy.stats import spearmanr
 
-    sample = sample_tensors(job, n)
-    meter = single_meter(job)
-    wanted = {name: [entry] for name, entry in sample.items()}
-    measured = {name: found for name, _, found in measured_alone(job, meter, wanted)}
+    sample = sample_tensors({name: losses[name] for name in job.menu}, n)
+    found = measured_alone(job, single_meter(job), {name: [entry] for name, entry in sample.items()})
+    measured = {name: kl for name, _, kl in found}
     ours = [losses[name][entry] for name, entry in sample.items()]
     rho = float(spearmanr(ours, [measured[name] for name in sample]).statistic) if len(sample) > 2 else 1.0
-    return Trust(rho, len(sample), measured)
+    return Trust(damage, rho, len(sample), measured)
 
 
-def require_trust(trust: Trust, damage: str) -> None:
+def require_trust(trust: Trust) -> None:
     """Raise RecipeError for a damage model that does not rank tensors as measured KL does."""
     if not trust.rho >= TRUSTED:
         raise RecipeError(
-            f"allocate.damage: {damage} ranks {trust.tensors} sampled tensors unlike measured KL (Spearman "
+            f"allocate.damage: {trust.damage} ranks {trust.tensors} sampled tensors unlike measured KL (Spearman "
             f"{trust.rho:.2f}, needed {TRUSTED}); choose another such as kl, or --set allocate.trust=0 to go on"
         )
 

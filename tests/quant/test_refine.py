@@ -9,7 +9,9 @@ import torch
 
 import fewbits
 from fewbits.calibration.meter import KLMeter
+from fewbits.calibration.sensitivity import DAMAGE
 from fewbits.calibration.stream import StreamedModel
+from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.allocate import planning
 from fewbits.quant.allocate.planning import Planner
 from fewbits.quant.allocate.refine import unseen_rows, windows_around
@@ -33,7 +35,7 @@ def _planner(path: Path, recipe: str = "auto", **overrides: object) -> Planner:
 
 def _measured(planner: Planner, choice: list[int], rows: int) -> float:
     """KL of a plan on the last rows, every tensor quantized anew."""
-    job = planner._job
+    job = planner.job
     wanted = {n: [u.entries[i]] for u, i in zip(planner.units, choice) for n in u.names}
     weights = {name: made.dequantize() for name, _, made in job.quantized(wanted)}
     return KLMeter(job.dense_model(), unseen_rows(job)[-rows:]).measure(weights)
@@ -76,6 +78,25 @@ def test_uniform_bits_compete_with_the_most_that_fits(tiny) -> None:
 def test_an_unknown_rival_is_refused(tiny) -> None:
     with pytest.raises(RecipeError, match=r"allocate\.rivals: got 'fischer'.*fisher"):
         _planner(tiny("llama"), allocate__rivals=["fischer"])
+
+
+def test_a_proxy_that_ranks_unlike_measured_kl_is_refused(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = DAMAGE["hessian"]
+    planner = _planner(tiny("llama"), allocate__damage="fisher", allocate__rivals=[], allocate__trust=8)
+    assert planner.trust is not None and planner.trust.tensors == 8 and planner.trust.rho > 0.6
+
+    def upside_down(job: Survey) -> Losses:
+        return {n: {e: 1 / d for e, d in own.items()} for n, own in honest(job).items()}
+
+    monkeypatch.setitem(DAMAGE, "hessian", upside_down)
+    with pytest.raises(RecipeError, match=r"allocate\.damage: hessian ranks 14 sampled tensors unlike.*needed 0\.6"):
+        _planner(tiny("llama"), allocate__damage="hessian", allocate__rivals=[], allocate__trust=14)
+    assert _planner(tiny("llama"), allocate__damage="hessian", allocate__rivals=[]).trust is None
+
+
+def test_the_default_says_how_well_its_proxy_ranks(tiny) -> None:
+    trust = _planner(tiny("llama"), allocate__rivals=[]).trust
+    assert trust is not None and trust.damage == "fisher" and trust.tensors == 14 == len(trust.measured)
 
 
 def test_evopress_repairs_a_bad_start(tiny) -> None:
