@@ -28,8 +28,7 @@ def run_identity(
         "model": {"name": source.name, "revision": source.revision, "files": source.hashes()},
         "recipe": recipe.fingerprint,
         "calibration": None if text is None else {
-            "fingerprint": text.fingerprint, "sources": text.sources, "rows": len(text.tokens),
-            "tokens": int(text.mask.sum()),
+            "fingerprint": text.fingerprint, "sources": text.sources, "rows": text.n_rows, "tokens": text.n_tokens,
         },
         "seed": seed,
         "device": device,
