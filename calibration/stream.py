@@ -158,13 +158,18 @@ class StreamedModel:
                 self._converted.add(name)
         return mapped
 
+    @property
+    def _tied(self) -> dict[str, str]:
+        """Parameters that are another one under a second name, where the config says so."""
+        return self.model.all_tied_weights_keys if getattr(self.model.config, "tie_word_embeddings", False) else {}
+
     def _require_complete(self) -> None:
         """Every parameter is in the source, or the one that it is tied to, in its shape: said before any work is done.
 
         Raises:
             ModelError: naming the first that is not.
         """
-        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        tied = self._tied
         optional = [re.compile(p) for p in self.model._keys_to_ignore_on_load_missing or ()]
         for name, param in self.model.named_parameters(remove_duplicate=False):
             twins = {name, tied.get(name, name), *(t for t, s in tied.items() if s == name)}
@@ -228,7 +233,7 @@ class StreamedModel:
 
     def _dense(self, index: int | None, skip: set[str]) -> Iterator[tuple[str, str | None]]:
         """Tensors of a block but ``skip``, and where the source has them: None where they are merged or split."""
-        tied = self.model.all_tied_weights_keys if self.model.config.get_text_config().tie_word_embeddings else {}
+        tied = self._tied
         untied = bool(skip & (tied.keys() | set(tied.values())))
         for name, keys in self.source_keys(index).items():
             if name in skip or name not in self._stored or (name in tied and not untied):

@@ -67,7 +67,9 @@ def checkpoint_files(
     config = copy.deepcopy(source.config)
     config["quantization_config"] = quantization_config(facts, assignment)
     if assignment.outside():  # a quantized head or embedding no longer shares its weight with the other
-        config["tie_word_embeddings"] = False
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
     lock = dict(run) | {"recipe_name": recipe.name, "shards": dict(shards)}
     return {
         "config.json": json.dumps(config, indent=2) + "\n",

@@ -81,7 +81,7 @@ def load_image_rows(recipe: Recipe, streamed: StreamedModel, seed: int) -> Image
         CalibrationError: the model takes no images or lacks the processor for them, or an image cannot be used.
     """
     want = recipe.calibration
-    if want.images is None:
+    if not want.images:
         return None
     if not takes_images(streamed.model):
         raise CalibrationError(f"--images {want.images}: {type(streamed.model).__name__} takes text alone; leave the "
@@ -118,7 +118,6 @@ def _mixed(text: CalibrationSet, images: ImageRows | None, recipe: Recipe, strea
     warnings = list(text.warnings)
     want = recipe.calibration
     if images is not None:
-        assert want.images is not None
         text = text.with_images(images, want.images)
         if (share := len(images) / text.n_rows) < 0.9 * want.image_fraction:
             warnings.append(f"{want.images}: has images for {share:.0%} of the calibration rows, asked for "
