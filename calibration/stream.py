@@ -369,7 +369,7 @@ def find_blocks(model: nn.Module) -> str:
     Raises:
         ModelError: the model has none.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
     within = {id(module) for module in decoder.modules()}
     best, best_size = "", 0
     for path, module in model.named_modules():

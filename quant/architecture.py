@@ -23,5 +23,5 @@ def takes_images(model: Any) -> bool:
     """Whether a model continues text that images stand in."""
     from transformers import AutoModelForImageTextToText
 
-    mapping = AutoModelForImageTextToText._model_mapping
-    return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
+    mapping: Any = AutoModelForImageTextToText._model_mapping
+    return type(model.config) in mapping and type(model) is mapping[type(model.config)]

@@ -72,9 +72,9 @@ def test_bad_lines(line: str, message: str, tmp_path: Path) -> None:
 def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     for source in ("nowhere", "a.zip"):
-        with pytest.raises(CalibrationError, match="is neither a folder nor a .jsonl file; give one of them"):
+        with pytest.raises(CalibrationError, match=r"is neither a folder nor a \.jsonl file; give one of them"):
             find_images(str(tmp_path / source))
-    with pytest.raises(CalibrationError, match="has no images, needed files that end with .png"):
+    with pytest.raises(CalibrationError, match=r"has no images, needed files that end with \.png"):
         find_images(str(tmp_path))
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(CalibrationError, match="cannot be read as UTF-8"):

@@ -166,7 +166,7 @@ def test_a_model_that_adds_between_blocks_is_refused_with_images_only(model, pic
     with ours.outer():
         states, _ = ours.first_inputs([torch.arange(3, 20)[None]])
         assert states[0].shape == (1, 17, 64)
-        with pytest.raises(ModelError, match="Qwen3VL.*adds to the hidden states between .*; calibrate on text alone"):
+        with pytest.raises(ModelError, match=r"Qwen3VL.*adds to the hidden states between .*; calibrate on text alone"):
             ours.first_inputs(model_inputs(text))
 
 
