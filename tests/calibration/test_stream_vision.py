@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("PIL")
 
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fewbits.calibration.blockscores import block_scores
-from fewbits.calibration.collect import Collector, model_inputs
+from fewbits.calibration.collect import Collector, make_batches, model_inputs
 from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.images import find_images, load_images
 from fewbits.calibration.stream import StreamedModel
@@ -81,8 +82,14 @@ def whole_model(path: Path) -> tuple[nn.Module, list[list[Tensor]], list[Tensor]
     return model, inputs, outputs
 
 
-def whole_inputs(text: CalibrationSet) -> list[dict[str, Tensor]]:
-    return [{"input_ids": x} if isinstance(x, Tensor) else dict(x) for x in model_inputs(text)]
+def whole_inputs(family: str, path: Path, text: CalibrationSet, pictures: Path) -> list[dict[str, Tensor]]:
+    """What the whole model is given: the same rows, made by the processor without any code of ours."""
+    processor = PROCESSORS[family](path)
+    rows = [{"input_ids": x} for x in make_batches(text.tokens, text.mask)]
+    for image in sorted(pictures.glob("*.png")):
+        prompt = f"{processor.image_token}\n{image.with_suffix('.txt').read_text()}"
+        rows.append(dict(processor(images=Image.open(image), text=prompt, return_tensors="pt")))
+    return rows
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
@@ -90,7 +97,7 @@ def test_hidden_states_are_those_of_the_whole_model(family: str, model, pictures
     ours, text = streamed(model(family)), mixed(family, model(family), pictures)
     theirs, inputs, outputs = whole_model(model(family))
     with torch.no_grad():
-        for one in whole_inputs(text):
+        for one in whole_inputs(family, model(family), text, pictures):
             theirs(**one, use_cache=False)
     with ours.outer():
         states, calls = ours.first_inputs(model_inputs(text))
@@ -102,7 +109,7 @@ def test_hidden_states_are_those_of_the_whole_model(family: str, model, pictures
     for got, want in zip(states, outputs):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     # and the images are in there: their places do not hold the embedding of the placeholder
-    ids = whole_inputs(text)[-1]["input_ids"][0]
+    ids = whole_inputs(family, model(family), text, pictures)[-1]["input_ids"][0]
     placeholder = theirs.get_input_embeddings().weight[256].detach()
     here = inputs[0][-1][0][ids == 256]
     assert len(here) >= 4 and float((here - placeholder).abs().amax(1).min()) > 0.05
@@ -112,7 +119,8 @@ def test_hidden_states_are_those_of_the_whole_model(family: str, model, pictures
 def test_positions_of_an_image_have_three_dimensions(model, pictures: Path) -> None:
     """Without what the processor says of the image's shape, the rotary embeddings are those of plain text."""
     ours, text = streamed(model("qwen2.5-vl")), mixed("qwen2.5-vl", model("qwen2.5-vl"), pictures)
-    row = whole_inputs(text)[-1]
+    *_, row = model_inputs(text)
+    assert not isinstance(row, Tensor) and "image_grid_thw" in row
     with ours.outer():
         _, (with_image,) = ours.first_inputs([row])
         _, (as_text,) = ours.first_inputs([row["input_ids"]])
@@ -128,7 +136,7 @@ def test_statistics_are_sums_over_text_and_images(family: str, model, pictures: 
     rows: list[Tensor] = []
     theirs.get_submodule(name).register_forward_pre_hook(lambda m, args: rows.append(args[0].flatten(0, 1)))
     with torch.no_grad():
-        for one in whole_inputs(text):
+        for one in whole_inputs(family, model(family), text, pictures):
             theirs(**one, use_cache=False)
     x = torch.cat(rows).double()
     recipe = load_recipe("gptq", {"calibration.inputs": "original", "calibration.true_sequential": False})
@@ -183,7 +191,7 @@ def test_entropy_is_of_text_and_images(model, pictures: Path) -> None:
         scores.append([s.entropy for s in block_scores(job, entropy=True).values()])
     theirs, inputs, outputs = whole_model(model("llava"))
     with torch.no_grad():
-        for one in whole_inputs(text):
+        for one in whole_inputs("llava", model("llava"), text, pictures):
             theirs(**one, use_cache=False)
     for i, after in enumerate([*inputs[1:], outputs]):
         kept = torch.cat([_counted(a, a)[1] for a in after])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,30 @@ def test_the_checkpoint_loads_and_generates_with_an_image(made, llava: Path, pic
     tokens = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert tokens.shape == (1, inputs["input_ids"].shape[1] + 6)
     assert type(fewbits.load(out, device="cpu")) is type(model)
+
+
+def test_it_saves_and_loads_again(made, tmp_path: Path) -> None:
+    model = fewbits.load(made[0], device="cpu")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
+
+
+def test_names_of_older_checkpoints(made, llava: Path, pictures: Path, text: Path, tmp_path: Path) -> None:
+    """The hub's LLaVA has another name for the tower, and a buffer that is none any more."""
+    from safetensors.torch import load_file, save_file
+
+    old = tmp_path / "old"
+    shutil.copytree(llava, old)
+    tensors = {k.replace("vision_tower.", "vision_tower.vision_model."): v
+               for k, v in load_file(old / "model.safetensors").items()}
+    assert any(k.startswith("language_model.model.layers.") for k in tensors)
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    luq(old, tmp_path / "out", text, pictures)
+    ours, expected = (fewbits.load(p, device="cpu").state_dict() for p in (tmp_path / "out", made[0]))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
 
 
 def test_what_lies_outside_the_decoder_is_untouched(made, llava: Path) -> None:
