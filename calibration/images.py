@@ -22,6 +22,9 @@ from torch import Tensor
 from fewbits.quant.errors import CalibrationError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What a file may be, whatever its name: Pillow reads more, some of it with the help of other programs."""
+
 MAX_IMAGE_BYTES = 64_000_000
 MAX_TEXT_BYTES = 1_000_000
 
@@ -222,7 +225,7 @@ def _decode(name: str, data: bytes) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (*_BROKEN, Image.DecompressionBombError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -144,15 +144,17 @@ def test_the_fingerprint_sees_images_captions_and_the_processor(folder: Path, pr
     image.putpixel((9, 9), (1, 2, 3))
     image.save(folder / "2.png")
     seen.append(fingerprint())
+    Image.open(folder / "0.png").save(folder / "0.png", compress_level=0)  # the same pixels in another file
+    seen.append(fingerprint())
     (folder / "0.png").unlink()
     seen.append(fingerprint())
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 6
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "header", "missing", "folder"])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "header", "script", "missing", "folder"])
 def test_a_bad_image_is_named(damage: str, folder: Path, processor) -> None:
     path = folder / "1.png"
     data = path.read_bytes()
@@ -160,7 +162,8 @@ def test_a_bad_image_is_named(damage: str, folder: Path, processor) -> None:
         path.unlink()
     if damage == "folder":
         path.mkdir()
-    broken = {"text": b"no image at all", "empty": b"", "cut": data[: len(data) // 2], "header": data[:20] + b"\0" * 9}
+    broken = {"text": b"no image at all", "empty": b"", "cut": data[: len(data) // 2], "header": data[:20] + b"\0" * 9,
+              "script": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"}
     if damage in broken:
         path.write_bytes(broken[damage])
     files = [ImageFile(folder / f"{i}.png", "", str(folder / f"{i}.png")) for i in range(3)]

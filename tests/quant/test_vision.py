@@ -367,12 +367,15 @@ def test_a_head_tied_in_the_text_config(text: Path, pictures: Path, tmp_path: Pa
     """A quantized head has weights of its own, and nothing in config.json says otherwise."""
     model = save_llava(tmp_path / "model", tied=True)
     assert "lm_head.weight" not in "".join(open_source(model).keys())
+    assert json.loads((model / "config.json").read_text())["text_config"]["tie_word_embeddings"] is True
     fewbits.quantize(model, tmp_path / "kept", overrides=settings(text, pictures), device="cpu")
     inputs = example(model, pictures)
     original, kept = (fewbits.load(p, device="cpu") for p in (model, tmp_path / "kept"))
     assert kept.lm_head.weight is kept.get_input_embeddings().weight and 0 < kl(original, kept, inputs) < 1
     fewbits.quantize(model, tmp_path / "out", overrides=settings(text, pictures, lm_head=True), device="cpu")
     ours = fewbits.load(tmp_path / "out", device="cpu")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False and config["text_config"]["tie_word_embeddings"] is False
     assert isinstance(ours.lm_head, PackedMatrix) and not isinstance(ours.get_input_embeddings(), PackedMatrix)
     assert 0 < kl(original, ours, inputs) < 1
 
