@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbits.calibration.collect import HIDDEN_LIMIT_BYTES, make_batches
+from fewbits.calibration.collect import HIDDEN_LIMIT_BYTES, model_inputs
 from fewbits.calibration.stream import HiddenStates
 from fewbits.calibration.survey import Survey
 from fewbits.quant.errors import CalibrationError
@@ -44,7 +44,7 @@ def block_scores(job: Survey, *, entropy: bool = False) -> dict[int, BlockScore]
         raise CalibrationError("allocate.damage: scores of blocks need calibration text; give some")
     streamed = job.streamed
     with streamed.outer():
-        hidden, calls = streamed.first_inputs(make_batches(job.text.tokens, job.text.mask))
+        hidden, calls = streamed.first_inputs(model_inputs(job.text))
     states = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None)
     out = {}
     total = len(streamed.block_modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fewbits.calibration.lint import lint_experts, lint_tokens
 from fewbits.calibration.lockstep import Closed, PausedPass
 from fewbits.calibration.stats import Gram
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import BATCH_TOKENS, Block, Call, HiddenStates, StreamedModel
+from fewbits.calibration.stream import BATCH_TOKENS, Block, Call, HiddenStates, Inputs, StreamedModel
 from fewbits.quant.errors import CalibrationError
 from fewbits.quant.recipe import Recipe
 from fewbits.quant.targets import Target
@@ -37,6 +37,17 @@ def make_batches(tokens: Tensor, mask: Tensor) -> list[Tensor]:
     size = max(1, BATCH_TOKENS // length)
     batches = [whole[i : i + size] for i in range(0, len(whole), size)]
     return batches + [tokens[i : i + 1, mask[i]] for i, n in enumerate(lengths) if 0 < n < length]
+
+
+def model_inputs(text: CalibrationSet) -> Iterator[Inputs]:
+    """What the model is called with for each batch of calibration rows: text first, then images one by one.
+
+    An image is made into pixels when its turn comes, so one is in memory at a time.
+    """
+    yield from make_batches(text.tokens, text.mask)
+    for i in range(len(text.images) if text.images else 0):
+        assert text.images is not None
+        yield text.images.inputs(i)
 
 
 def require_consistent(recipe: Recipe) -> None:
@@ -81,7 +92,7 @@ class Collector:
             return
         assert text is not None
         with streamed.outer():
-            hidden, self._calls = streamed.first_inputs(make_batches(text.tokens, text.mask))
+            hidden, self._calls = streamed.first_inputs(model_inputs(text))
         self._hidden = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None)
         self._original = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None) if self._qep else None
         if self._hidden.spilled:

@@ -1,19 +1,21 @@
 """Calibration tokens: rows of one length, packed from text, conversations, data sets or the model itself.
 
 The rows depend on the texts, the tokenizer and the seed only, and the fingerprint says whether two runs saw the same.
+Rows with images (:mod:`fewbits.calibration.images`) join them with :meth:`CalibrationSet.with_images`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.calibration.documents import Document, read_documents
+from fewbits.calibration.images import ImageRows
 from fewbits.calibration.lint import lint_rows, lint_tokenizer, prepended_bos
 from fewbits.quant.errors import CalibrationError
 
@@ -34,9 +36,10 @@ class CalibrationSet:
     Attributes:
         tokens: ``(S, L)`` int64.
         mask: ``(S, L)`` bool, False where a row is padded.
-        fingerprint: sha256 hex over the bytes of tokens and mask.
+        fingerprint: sha256 hex over the bytes of tokens and mask, and over the images.
         sources: where the rows came from, as named by the user, with the rows drawn of each.
         warnings: sentences for the user.
+        images: rows of an image and its text, beside those of ``tokens``; each as long as it comes.
     """
 
     tokens: Tensor
@@ -44,11 +47,22 @@ class CalibrationSet:
     fingerprint: str
     sources: list[str]
     warnings: list[str]
+    images: ImageRows | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens that count, padding left out."""
-        return int(self.mask.sum())
+        return int(self.mask.sum()) + sum(self.images.lengths if self.images else ())
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.tokens) + (len(self.images) if self.images else 0)
+
+    def with_images(self, images: ImageRows, source: str) -> CalibrationSet:
+        """These rows and some with images."""
+        both = hashlib.sha256(f"{self.fingerprint} {images.fingerprint}".encode()).hexdigest()
+        named = f"{source}: {len(images)} rows with images"
+        return replace(self, fingerprint=both, sources=[*self.sources, named], images=images)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,12 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.calibration.stats import InputTap, OnInput
+from fewbits.quant.architecture import auto_class
 from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
 from fewbits.quant.targets import Target, as_matrix, find_targets, read_weight
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass; changes results by float rounding only."""
+
+
+Inputs = Tensor | Mapping[str, Tensor]
+"""What a model is called with: token ids ``(B, L)``, or all its arguments by name, as a processor makes them."""
 
 
 class HiddenStates:
@@ -79,7 +84,7 @@ class Call:
 
 
 class StreamedModel:
-    """A causal language model whose decoder blocks are loaded one at a time.
+    """A language model, perhaps one that takes images, whose decoder blocks are loaded one at a time.
 
     Attributes:
         model: the transformers model; parameters of blocks that are not loaded are on the meta device.
@@ -93,7 +98,7 @@ class StreamedModel:
     def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
         from accelerate import init_empty_weights
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         # what transformers raises for a config.json that it does not know or that makes no sense
         failures = (ValueError, KeyError, ImportError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
@@ -101,7 +106,7 @@ class StreamedModel:
         try:
             config = AutoConfig.from_pretrained(source.path)
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=_stored_dtype(source))
+                model = auto_class(config).from_config(config, dtype=_stored_dtype(source))
         except failures as error:
             raise ModelError(f"{source.name}: transformers cannot build this model: {error}") from error
         model.eval()
@@ -156,7 +161,8 @@ class StreamedModel:
     @cached_property
     def tied(self) -> dict[str, str]:
         """Parameters that are another one by a second name: ``{"lm_head.weight": "model.embed_tokens.weight"}``."""
-        return dict(self.model.all_tied_weights_keys) if self.model.config.get_text_config().tie_word_embeddings else {}
+        tie = getattr(self.model.config, "tie_word_embeddings", False)
+        return dict(self.model.all_tied_weights_keys) if tie else {}
 
     def _require_complete(self) -> None:
         """Every parameter is in the source, or the one that it is tied to, in its shape: said before any work is done.
@@ -313,44 +319,69 @@ class StreamedModel:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def first_inputs(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
-        """Hidden states entering the first block for each batch of token ids ``(B, L)``, and the calls of each block.
+    def first_inputs(self, rows: Iterable[Inputs]) -> tuple[list[Tensor], list[list[Call]]]:
+        """Hidden states entering the first block for each batch of inputs, and the calls of each block.
 
         The model's own forward runs with every block replaced by one that records what it is called with, so masks,
-        rotary embeddings and whatever else a model hands to its blocks come from the model itself.
+        rotary embeddings and whatever else a model hands to its blocks come from the model itself; so does what its
+        vision tower makes of images.
+
+        Raises:
+            ModelError: the model changes hidden states between its blocks, so they cannot be run one by one.
         """
         hidden: list[Tensor] = []
         calls: list[list[Call]] = []
-        base = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.base_model
         for batch in rows:
             seen: list[Call] = []
+            entered: list[Tensor] = []
 
-            def record(states: Tensor, *args: Any, seen: list[Call] = seen, **kwargs: Any) -> Tensor:
-                if not seen:
+            def record(
+                states: Tensor, *args: Any, seen: list[Call] = seen, entered: list[Tensor] = entered, **kwargs: Any
+            ) -> Tensor:
+                if not entered:
+                    entered.append(states)
                     hidden.append(states.to(self.dtype))
+                elif states.shape == entered[0].shape and not torch.equal(states, entered[0]):
+                    raise ModelError(
+                        f"{type(self.model).__name__}: adds to the hidden states between its decoder blocks, so these "
+                        "cannot be calibrated one at a time on such inputs; calibrate on text alone"
+                    )
                 seen.append(Call(_cast(args, self.dtype), _cast(kwargs, self.dtype)))
+                if len(seen) == len(self.block_modules):
+                    raise _Seen
                 return states
 
             for module in self.block_modules:
                 module.forward = record  # type: ignore[method-assign]
             try:
-                with torch.no_grad():
-                    base(batch.to(self.device), use_cache=False)
+                with torch.no_grad(), suppress(_Seen):
+                    self.model(**self._placed(batch), use_cache=False)
             finally:
                 for module in self.block_modules:
                     del module.forward
             calls.append(seen)
         return hidden, calls
 
+    def _placed(self, batch: Inputs) -> dict[str, Tensor]:
+        """What the model is called with, on its device; floats (pixels) in its dtype."""
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        return {k: _cast(v, self.model.dtype).to(self.device) for k, v in inputs.items()}
+
 
 def find_blocks(model: nn.Module) -> str:
     """Path of the list of decoder blocks: the ModuleList, not inside another one, with the most parameters.
 
+    It is looked for in what transformers calls the decoder, so that a vision tower is none.
+
     Raises:
         ModelError: the model has none.
     """
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    within = {id(module) for module in decoder.modules()}
     best, best_size = "", 0
     for path, module in model.named_modules():
+        if id(module) not in within:
+            continue
         inside = any(isinstance(model.get_submodule(path[:i]), nn.ModuleList) for i, c in enumerate(path) if c == ".")
         if isinstance(module, nn.ModuleList) and not inside:
             size = sum(p.numel() for p in module.parameters())

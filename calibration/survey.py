@@ -115,7 +115,7 @@ class Survey:
         return self._groups
 
     def rows(self, n: int) -> list[Tensor]:
-        """The first ``n`` calibration rows, padding left out."""
+        """The first ``n`` calibration rows of text, padding left out; none with images."""
         assert self.text is not None
         return [t[m] for t, m in zip(self.text.tokens[:n], self.text.mask[:n])]
 

@@ -23,6 +23,10 @@ CalibOption = Annotated[
     list[str] | None,
     typer.Option("--calib", metavar="SRC ...", help="Text or JSONL files, hf:NAME, self, or default."),
 ]
+ImagesOption = Annotated[
+    str | None,
+    typer.Option("--images", metavar="DIR|JSONL", help="Images with text to calibrate on, for models that take them."),
+]
 SamplesOption = Annotated[int | None, typer.Option("--samples", metavar="N", help="Calibration rows.")]
 SeqlenOption = Annotated[int | None, typer.Option("--seqlen", metavar="L", help="Tokens per row.")]
 StatsOption = Annotated[
@@ -60,7 +64,7 @@ MeasuredOption = Annotated[
 
 def recipe_settings(
     settings: list[str] | None, *, calib: list[str] | None, samples: int | None, seqlen: int | None,
-    bits: int | None = None, group_size: str | None = None, dtype: str | None = None,
+    bits: int | None = None, group_size: str | None = None, dtype: str | None = None, images: str | None = None,
 ) -> dict[str, Any]:
     """Recipe keys that the flags set; flags win over ``--set``."""
     from fewbits.quant.recipe import parse_settings
@@ -72,7 +76,7 @@ def recipe_settings(
         group = int(group_size)
     flags = {
         "format.bits": bits, "format.group_size": group, "calibration.sources": calib, "calibration.samples": samples,
-        "calibration.seqlen": seqlen, "calibration.dtype": dtype,
+        "calibration.seqlen": seqlen, "calibration.dtype": dtype, "calibration.images": images,
     }
     return parse_settings(settings or []) | {k: v for k, v in flags.items() if v is not None}
 

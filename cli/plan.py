@@ -27,6 +27,7 @@ from fewbits.cli.options import (
     CtxOption,
     FitsInOption,
     FormatsOption,
+    ImagesOption,
     MeasuredOption,
     RecipeOption,
     SamplesOption,
@@ -65,6 +66,7 @@ def plan(
     target: TargetOption = None,
     recipe: RecipeOption = None,
     calib: CalibOption = None,
+    images: ImagesOption = None,
     samples: SamplesOption = None,
     seqlen: SeqlenOption = None,
     stats: StatsOption = None,
@@ -79,7 +81,7 @@ def plan(
     with report_to(json) as report, ProgressBars() as progress:
         from fewbits.quant.allocate.run import plan as run
 
-        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen)
+        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen, images=images)
         budget = budget_settings(bpw=bpw, bpw_total=bpw_total, size=size, fits_in=fits_in, ctx=ctx, batch=batch,
                                  formats=formats, target=target)
         made = run(model, recipe=recipe or "auto", overrides=overrides | budget, stats=stats, device=device,

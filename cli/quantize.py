@@ -29,6 +29,7 @@ from fewbits.cli.options import (
     FitsInOption,
     FormatsOption,
     GroupSizeOption,
+    ImagesOption,
     MeasuredOption,
     RecipeOption,
     SamplesOption,
@@ -63,6 +64,7 @@ def quantize(
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
     calib: CalibOption = None,
+    images: ImagesOption = None,
     samples: SamplesOption = None,
     seqlen: SeqlenOption = None,
     stats: StatsOption = None,
@@ -105,7 +107,7 @@ def quantize(
         from fewbits.quant.pipeline import quantize as run
 
         overrides = recipe_settings(settings, bits=bits, group_size=group_size, calib=calib, samples=samples,
-                               seqlen=seqlen, dtype=dtype)
+                               seqlen=seqlen, dtype=dtype, images=images)
         try:
             result = run(
                 model, out, recipe=name, overrides=overrides | budget, plan=plan, measured=read_points(measured),

@@ -22,6 +22,7 @@ from fewbits.cli.common import (
 from fewbits.cli.options import (
     CalibOption,
     FormatsOption,
+    ImagesOption,
     RecipeOption,
     SamplesOption,
     SeedOption,
@@ -46,6 +47,7 @@ def sweep(
     target: TargetOption = None,
     recipe: RecipeOption = None,
     calib: CalibOption = None,
+    images: ImagesOption = None,
     samples: SamplesOption = None,
     seqlen: SeqlenOption = None,
     settings: SettingsOption = None,
@@ -60,7 +62,7 @@ def sweep(
         from fewbits.quant.allocate.planning import parse_range
         from fewbits.quant.allocate.run import sweep as run
 
-        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen)
+        overrides = recipe_settings(settings, calib=calib, samples=samples, seqlen=seqlen, images=images)
         rows = run(model, out, parse_range(bpw), recipe=recipe or "auto",
                    overrides=overrides | menu_settings(formats, target), device=device, threads=threads, seed=seed,
                    progress=progress)

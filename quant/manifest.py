@@ -28,8 +28,7 @@ def run_identity(
         "model": {"name": source.name, "revision": source.revision, "files": source.hashes()},
         "recipe": recipe.fingerprint,
         "calibration": None if text is None else {
-            "fingerprint": text.fingerprint, "sources": text.sources, "rows": len(text.tokens),
-            "tokens": int(text.mask.sum()),
+            "fingerprint": text.fingerprint, "sources": text.sources, "rows": text.n_rows, "tokens": text.n_tokens,
         },
         "seed": seed,
         "device": device,
@@ -68,7 +67,9 @@ def checkpoint_files(
     config = copy.deepcopy(source.config)
     config["quantization_config"] = quantization_config(facts, assignment)
     if any(t.kind != "embedding" for t, _ in assignment.outside()):  # a head with codes of its own shares no weight
-        config["tie_word_embeddings"] = False
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
     lock = dict(run) | {"recipe_name": recipe.name, "shards": dict(shards)}
     return {
         "config.json": json.dumps(config, indent=2) + "\n",

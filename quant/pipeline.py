@@ -329,7 +329,10 @@ def _judge(
     report: QuantizeReport, source: Source, held_out: list[Tensor] | None, max_kl: float | None, device: str,
     progress: Progress,
 ) -> None:
-    """Measure KL to the original on held-out rows. Raises QualityGateError when it exceeds ``max_kl``."""
+    """Measure KL to the original on held-out rows. Raises QualityGateError when it exceeds ``max_kl``.
+
+    The rows are of text alone, also of a model that takes images: its language model is what was quantized.
+    """
     from fewbits.eval.divergence import divergence
     from fewbits.serving.transformers import load
 

@@ -1,14 +1,20 @@
-"""What every job on a model starts with: the model opened, its calibration rows read."""
+"""What every job on a model starts with: its calibration rows, of text and with images."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from fewbits.calibration.data import CalibrationSet, load_calibration
+from fewbits.calibration.images import ImageRows, choose, find_images, load_images, require_pillow
 from fewbits.calibration.stream import StreamedModel
 from fewbits.eval.text import context_length
+from fewbits.quant.architecture import takes_images
 from fewbits.quant.errors import CalibrationError
 from fewbits.quant.recipe import Recipe
+from fewbits.quant.source import Source
 
 HELD_OUT_ROWS = 8
 """Rows that measured KL is taken over."""
@@ -19,8 +25,10 @@ def load_text(
 ) -> tuple[CalibrationSet, list[Tensor] | None]:
     """Calibration rows, and rows held out to judge by: drawn by the same rule, none of them in both.
 
+    Of the calibration rows a share has images, where the recipe names some; rows held out are of text alone.
+
     Raises:
-        CalibrationError: the model has no usable tokenizer, or there is too little text.
+        CalibrationError: the model has no usable tokenizer, there is too little text, or images that it cannot take.
     """
     from fewbits.calibration.data import self_generate
     from fewbits.serving.transformers import load, load_tokenizer
@@ -41,6 +49,9 @@ def load_text(
             f"calibration.seqlen: got {want.seqlen}, the model's context is {context} tokens; choose at most {context}"
         )
 
+    images = load_image_rows(recipe, streamed, seed)
+    samples = want.samples - (len(images) if images else 0)
+
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)
         return self_generate(model, tokenizer, rows, length, seed=seed)
@@ -51,13 +62,70 @@ def load_text(
             generate=generate,
         )
 
-    text = rows(want.samples)
+    text = rows(samples)
     vocabulary = streamed.model.get_input_embeddings().weight.shape[0]
     if int(text.tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"tokenizer: makes token {int(text.tokens.max())}, the model has {vocabulary}; they do not belong together"
         )
-    return text, _held_out(text, rows(want.samples + 4 * HELD_OUT_ROWS)) if held_out else None
+    held = _held_out(text, rows(samples + 4 * HELD_OUT_ROWS)) if held_out else None
+    return _mixed(text, images, recipe, streamed), held
+
+
+def load_image_rows(recipe: Recipe, streamed: StreamedModel, seed: int) -> ImageRows | None:
+    """The share of the calibration rows that have images; None where the recipe names no images.
+
+    Where there are too few images, the rows that they leave are of text.
+
+    Raises:
+        CalibrationError: the model takes no images or lacks the processor for them, or an image cannot be used.
+    """
+    want = recipe.calibration
+    if not want.images:
+        return None
+    if not takes_images(streamed.model):
+        raise CalibrationError(f"--images {want.images}: {type(streamed.model).__name__} takes text alone; leave the "
+                               "images out")
+    if want.samples < 2:
+        raise CalibrationError(f"--samples: got {want.samples}, needed at least 2 with images: one of them, one of "
+                               "text")
+    require_pillow()
+    files = find_images(want.images)
+    processor = _processor(streamed.source)
+    wanted = min(max(round(want.image_fraction * want.samples), 1), want.samples - 1)
+    chosen = choose(files, wanted, None if want.order == "first" else seed)
+    return load_images(chosen, processor, context=context_length(streamed.model))
+
+
+def _processor(source: Source) -> Any:
+    """The model's processor. Raises CalibrationError where it has none that can be used."""
+    from fewbits.serving.transformers import load_processor
+
+    way_out = "put the model's preprocessor_config.json and processor_config.json beside its weights"
+    try:
+        processor = load_processor(source.path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CalibrationError(f"{source.name}: has no processor of images that can be used ({reason[:300]}); install "
+                               f"what it asks for, or {way_out}") from error
+    if getattr(processor, "image_processor", None) is None:
+        raise CalibrationError(f"{source.name}: has no processor of images; {way_out}")
+    return processor
+
+
+def _mixed(text: CalibrationSet, images: ImageRows | None, recipe: Recipe, streamed: StreamedModel) -> CalibrationSet:
+    """Rows of text and with images as one set, with a warning where the images are fewer than they should be."""
+    warnings = list(text.warnings)
+    want = recipe.calibration
+    if images is not None:
+        text = text.with_images(images, want.images)
+        if (share := len(images) / text.n_rows) < 0.9 * want.image_fraction:
+            warnings.append(f"{want.images}: has images for {share:.0%} of the calibration rows, asked for "
+                            f"{want.image_fraction:.0%}; add images, or lower --samples")
+    elif takes_images(streamed.model):
+        warnings.append(f"{type(streamed.model).__name__} takes images, but only text was calibrated on; "
+                        "add --images")
+    return replace(text, warnings=warnings)
 
 
 def _held_out(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:

@@ -61,9 +61,11 @@ class Integers(_Table):
 
 
 class Calibration(_Table):
-    """Which text the statistics come from, and how they are taken."""
+    """Which text and images the statistics come from, and how they are taken."""
 
     sources: list[str] = ["default"]
+    images: str = Field("", description="folder or JSONL of images with text, for models that take images")
+    image_fraction: float = Field(0.5, gt=0, lt=1, description="of the rows, with images, where there are images")
     samples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=2)
     order: Literal["random", "first"] = "random"

@@ -1,4 +1,4 @@
-"""The transformers plug-in: ``AutoModelForCausalLM.from_pretrained`` reads fewbits checkpoints once this is registered.
+"""The transformers plug-in: ``AutoModelFor....from_pretrained`` reads fewbits checkpoints once this is registered.
 
 A checkpoint is ``config.json`` with a ``quantization_config`` (see :class:`FewbitsConfig`) and safetensors shards under
 names of their own, ``fewbits-*.safetensors``. The names are on purpose: transformers without this plug-in only warns
@@ -257,7 +257,9 @@ def load(
     attn_implementation: str | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, quantized by fewbits or not, from a folder or the hub, in evaluation mode.
+    """A language model, quantized by fewbits or not, from a folder or the hub, in evaluation mode.
+
+    A causal one, or one of images and text (see :func:`fewbits.quant.architecture.auto_class`).
 
     Args:
         device: one device for all of it; the first GPU, or else the CPU.
@@ -268,7 +270,9 @@ def load(
     Raises:
         CheckpointError: the checkpoint is incomplete, malformed or from a newer version.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from fewbits.quant.architecture import auto_class
 
     if device is not None and device_map is not None:
         raise CheckpointError(f"device: got {device} and a device_map, needed one of them")
@@ -288,7 +292,7 @@ def load(
                                "device_map": device_map}
     if device is not None and torch.device(device).type != "cpu":
         options["device_map"] = {"": device}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(config).from_pretrained(
         path, config=config, dtype=dtype, **common, **{k: v for k, v in options.items() if v is not None})
     return model.eval()
 
@@ -317,6 +321,13 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+
+
+def load_processor(path: str | os.PathLike[str]) -> Any:
+    """The processor of images and text beside a model; never remote code."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
 
 register()

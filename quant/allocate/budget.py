@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fewbits.calibration.stream import StreamedModel
+from fewbits.quant.architecture import auto_class
 from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError
 from fewbits.quant.plan import Assignment, totals
@@ -114,15 +115,17 @@ def running_bytes(streamed: StreamedModel, ctx: int, batch: int) -> tuple[int, i
 
     The cache is made by the model itself, on the meta device, from the whole context: so sliding windows, shared keys
     and recurrent states count what they take. Activations are those of a prompt read at once: the widest layer's
-    inputs and outputs, the residual stream, and the logits of the last token.
+    inputs and outputs, the residual stream, and the logits of the last token. Images count as their tokens; what a
+    vision tower holds while it looks at one is left out.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(streamed.model.config)
-    config.use_cache, config.pad_token_id = True, None  # no padding to look for: these tokens have no values
+    text = config.get_text_config()
+    config.use_cache = text.use_cache = True
+    config.pad_token_id = text.pad_token_id = None  # no padding to look for: these tokens have no values
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=streamed.model.dtype).eval()
+        model = auto_class(config).from_config(config, dtype=streamed.model.dtype).eval()
     ids = torch.zeros(batch, ctx, dtype=torch.int64, device="meta")
     with torch.no_grad(), torch.device("meta"):
         out = model.to("meta")(input_ids=ids, use_cache=True, logits_to_keep=1)
