@@ -46,10 +46,10 @@ def estimate_run(
         stored: statistics are on disk: no pass over the model is needed.
     """
     rows = 0 if text is None else max(1, BATCH_TOKENS // text.tokens.shape[1])
-    few = None if text is None else replace(text, tokens=text.tokens[:rows], mask=text.mask[:rows])
+    few = None if text is None else replace(text, tokens=text.tokens[:rows], mask=text.mask[:rows], images=None)
     calibrating, quantizing = _trial(streamed, recipe, assignment, few)
     blocks = len(streamed.block_modules)
-    batches = 0 if text is None else len(text.tokens) / rows
+    batches = 0 if text is None else text.n_rows / rows
     judging = 2 * calibrating * (HELD_OUT_ROWS / rows) if rows else 0.0
     passes = 0.0 if stored else calibrating * batches
     return RunEstimate(blocks * (passes + quantizing + judging), _peak(streamed, recipe, assignment, text))
