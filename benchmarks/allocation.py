@@ -11,9 +11,12 @@ bits with groups of 32: this model comes from such a grid, so that they fit it b
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import fewbits
 from benchmarks import protocol
@@ -34,6 +37,7 @@ MENUS = {
     + ["int4_row", "int4_g192", "int4_g96", "int4_g64"],
 }
 MENUS["evopress"] = MENUS["auto"]
+AUTOSCHEME = "AutoScheme (auto-round)"
 UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
@@ -42,6 +46,7 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--recipes", nargs="+", default=[*MENUS, "uniform"])
     parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--autoscheme", metavar="PYTHON", help="interpreter of an environment with auto-round")
     args = parser.parse_args()
     source = protocol.real_model()
     baseline = open_source(source).path
@@ -68,6 +73,12 @@ def main() -> None:
     def known(recipe: str, budget: float | str) -> bool:
         return any(r["recipe"] == recipe and r["budget"] == budget for r in rows)
 
+    todo = [b for b in args.bpw if not known(AUTOSCHEME, b)] if args.autoscheme else []
+    for found in _autoscheme(args.autoscheme, baseline, todo) if todo else []:
+        rules = [{"match": name, "format": fmt} for name, fmt in found["formats"].items()]
+        chosen = recipe("gptq", {"rules": rules})
+        measure(_sequential(chosen) if args.sequential else chosen, (AUTOSCHEME, found["budget"]),
+                survey_cpu_seconds=found["cpu_seconds"])
     for name in args.recipes:
         if name == "uniform":
             for fmt in UNIFORM:
@@ -111,6 +122,18 @@ def recipe(name: str, more: dict[str, Any]) -> Recipe:
     """A recipe on the protocol's calibration, with statistics of the original model."""
     search = {"allocate.generations": 10} if name == "evopress" else {}
     return load_recipe(name, {**_overrides(), **search, **more})
+
+
+def _autoscheme(python: str, model: Path, budgets: list[float]) -> list[dict[str, Any]]:
+    """What auto-round chooses from the menu of ``auto``, by ``peer_autoscheme.py``."""
+    out = protocol.RESULTS / "autoscheme.json"
+    subprocess.run([
+        python, str(protocol.ROOT / "benchmarks" / "peer_autoscheme.py"), "--model", str(model),
+        "--text", str(protocol.text("valid")), "--formats", *MENUS["auto"], "--bpw", *map(str, budgets),
+        "--json", str(out), "--threads", str(torch.get_num_threads()),
+    ], check=True)
+    found: list[dict[str, Any]] = json.loads(out.read_text())
+    return found
 
 
 def _survey(name: str, source: Path, stats: Path) -> Planner:
