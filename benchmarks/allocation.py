@@ -34,6 +34,8 @@ MENUS = {
     + ["int4_row", "int4_g192", "int4_g96", "int4_g64"],
 }
 MENUS["evopress"] = MENUS["auto"]
+MENUS["baq-columns"] = ["int2", "int3", "int4", "int5", "int6", "int8"]
+MORE = {"evopress": {"allocate.generations": 10}, "baq": {"allocate.unit": "tensor"}}
 UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
@@ -107,8 +109,7 @@ def _sequential(recipe: Recipe) -> Recipe:
 
 
 def _recipe(name: str, more: dict[str, Any]) -> Recipe:
-    search = {"allocate.generations": 10} if name == "evopress" else {}
-    return load_recipe(name, {**_overrides(), **search, **more})
+    return load_recipe(name.removesuffix("-columns"), {**_overrides(), **MORE.get(name, {}), **more})
 
 
 def _survey(name: str, source: Path, stats: Path) -> Planner:

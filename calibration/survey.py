@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fewbits.calibration.collect import Collector
 from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.feedback import column_shares
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import Block, StreamedModel
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe
-from fewbits.quant.types import Format, LayerStats, QuantizedTensor, Quantizer
+from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Quantizer
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,19 +30,20 @@ class Survey:
     """What a damage model works from.
 
     Attributes:
-        menu: formats to judge, by tensor and entry.
+        menu: layouts to judge, by tensor and entry.
         text: calibration rows; None only for models that look at weights alone.
         stored: statistics of the original model on disk: read if they are complete, else written.
     """
 
     streamed: StreamedModel
     recipe: Recipe
-    menu: Mapping[str, Mapping[str, Format]]
+    menu: Mapping[str, Mapping[str, Layout]]
     text: CalibrationSet | None
     stored: StoredStats | None
     seed: int
     progress: Progress
     _groups: list[list[str]] = field(default_factory=list)
+    _shares: dict[str, list[float]] = field(default_factory=dict)
 
     def blocks(self) -> Iterator[tuple[Block, dict[str, LayerStats]]]:
         """Each block with the statistics of the original model's inputs, by target (shared ones are one object)."""
@@ -58,6 +60,7 @@ class Survey:
                     for group in step:
                         stats |= dict.fromkeys(group, own[group[0]])
                         self._groups.append(group)
+                        self._share_out(group, own[group[0]])
                 yield block, stats
                 collector.advance(block)
                 self.progress("Surveying", block.index + 1, total)
@@ -87,7 +90,7 @@ class Survey:
         self, quantizer: Quantizer, name: str, weight: Tensor, stats: LayerStats | None, entries: Iterable[str]
     ) -> Iterator[tuple[str, str, QuantizedTensor]]:
         for entry in entries:
-            made, _ = quantizer.quantize(weight, stats, [(self.menu[name][entry], weight.shape[1])], seed=self.seed)
+            made, _ = quantizer.quantize(weight, stats, self.menu[name][entry], seed=self.seed)
             yield name, entry, made
 
     def groups(self) -> list[list[str]]:
@@ -100,6 +103,18 @@ class Survey:
                 self._groups += block.shared_inputs(hidden, calls[block.index])
                 hidden = block.run(hidden, calls[block.index])
         return self._groups
+
+    def _share_out(self, group: list[str], stats: LayerStats) -> None:
+        want = self.recipe.allocate
+        if want.unit == "columns" and group[0] not in self._shares:
+            self._shares |= dict.fromkeys(group, column_shares(stats, want.column_group))
+
+    def shares(self) -> dict[str, list[float]]:
+        """For each tensor: the part of its damage that falls on each group of its columns once they are sorted."""
+        if not self._shares:
+            for _ in self.blocks():
+                pass
+        return self._shares
 
     def rows(self, n: int) -> list[Tensor]:
         """The first ``n`` calibration rows, padding left out."""

@@ -23,15 +23,17 @@ from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prio
 from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
 from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
+from fewbits.quant.formats import layout_name
 from fewbits.quant.plan import Assignment, assign, totals
 from fewbits.quant.recipe import Budget, Recipe
+from fewbits.quant.types import Layout
 
 PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A format for every tensor, what it takes and what it is predicted to cost.
+    """A layout for every tensor, what it takes and what it is predicted to cost.
 
     Attributes:
         recipe: the recipe with its ``plan`` filled in: quantizing with it carries the plan out.
@@ -89,6 +91,9 @@ class Planner:
             raise RecipeError(
                 f"allocate.damage: got {recipe.allocate.damage!r}, {nearest(recipe.allocate.damage, list(DAMAGE))}"
             )
+        if recipe.allocate.unit == "columns" and recipe.allocate.refine == "evopress":
+            raise RecipeError("allocate.refine: got 'evopress' with allocate.unit = 'columns', needed whole tensors to "
+                              "move; set the one to 'none' or the other to 'tensor'")
         self.menu: Menu = build_menu(recipe, streamed)
         self._base = assign(recipe.model_copy(update={"plan": {}}), streamed)
         self._seconds: dict[str, float] = {}
@@ -96,6 +101,7 @@ class Planner:
         self.trust: Trust | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.units: list[Unit] = []
+        self.shares: dict[str, list[float]] = {}
         self.require_reachable(recipe.budget)
 
     def require_reachable(self, budget: Budget) -> None:
@@ -105,8 +111,8 @@ class Planner:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the damage model looks at more than weights."""
-        return self.recipe.allocate.damage not in WEIGHTS_ONLY
+        """Whether the damage model looks at more than weights, or columns are to be sorted by their inputs."""
+        return self.recipe.allocate.damage not in WEIGHTS_ONLY or self.recipe.allocate.unit == "columns"
 
     def allocation(
         self, text: CalibrationSet | None, stored: StoredStats | None, points: Sequence[tuple[float, float]]
@@ -135,6 +141,7 @@ class Planner:
             stored = StoredStats(Path(self._folder.name), {})
         self._job = job = Survey(self.streamed, self.recipe, self.menu, text, stored, self.seed, self._progress)
         self.losses = measure(job, want.damage)
+        self.shares = job.shares() if want.unit == "columns" else {}
         groups = job.groups() if ENGINES[want.target].fused else []
         self.units = build_units(self.menu, self.streamed, groups, self.recipe)
         self._seconds["survey"] = time.monotonic() - start
@@ -156,7 +163,7 @@ class Planner:
         start = time.monotonic()
         budgeted = Measure(budget, self.streamed)
         budgeted.refuse(smallest(self.menu, self._base))
-        losses = [[sum(self.losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
+        losses = [[sum(self._damage(u, n, e) for n in u.names) for e in u.entries] for u in self.units]
         solution, chosen, spare = self._within(budgeted, losses)
         choice, search_facts = list(solution.choice), None
         if self.recipe.allocate.refine == "evopress":
@@ -167,12 +174,12 @@ class Planner:
             )
             chosen = self._assignment(choice)
         facts = chosen.facts(self.streamed)
-        entries = {n: u.entries[i] for u, i in zip(self.units, choice) for n in u.names}
-        for fact in facts:
-            if fact["name"] in entries:
-                fact["damage"] = self.losses[fact["name"]][entries[fact["name"]]]
+        by_name = {fact["name"]: fact for fact in facts}
+        for unit, i in zip(self.units, choice):
+            for name in unit.names:
+                by_name[name]["damage"] = by_name[name].get("damage", 0.0) + self._damage(unit, name, unit.entries[i])
         blocks, everything = totals(facts)
-        formats = {name: fmt.name for name, fmt in chosen.formats.items()}
+        formats = {name: layout_name(layout) for name, layout in chosen.layouts.items()}
         recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
         damage = sum(e[i] for e, i in zip(losses, choice))
         model = self.recipe.allocate.damage
@@ -184,9 +191,17 @@ class Planner:
             {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts,
         )
 
+    def _damage(self, unit: Unit, name: str, entry: str) -> float:
+        """What an entry does to a tensor of a unit, or to the group of its columns that the unit is."""
+        whole = self.losses[name][entry]
+        if unit.columns is None:
+            return whole
+        return whole * self.shares[name][unit.columns[0] // self.recipe.allocate.column_group]
+
     def _prior(self, chosen: Assignment) -> Prediction:
-        weights = {n: n_out * n_in for n, (n_out, n_in) in ((n, chosen.targets[n].shape) for n in chosen.formats)}
-        return prior(sum(weights.values()), None, [(weights[n], f.code_bits) for n, f in chosen.formats.items()])
+        runs = [(chosen.targets[n].shape[0] * columns, fmt.code_bits)
+                for n, layout in chosen.layouts.items() for fmt, columns in layout.runs]
+        return prior(sum(weights for weights, _ in runs), None, runs)
 
     def _within(self, measure: Measure, losses: list[list[float]]) -> tuple[Solution, Assignment, int]:
         """Solve, and where a file's header came out longer than foreseen, again with that much less.
@@ -205,10 +220,12 @@ class Planner:
             spare -= over
 
     def _assignment(self, choice: Sequence[int]) -> Assignment:
-        formats = dict(self._base.formats)
+        parts: dict[str, list[Layout]] = {}
         for unit, i in zip(self.units, choice):
-            formats |= {name: self.menu[name][unit.entries[i]] for name in unit.names}
-        return Assignment(formats, self._base.targets, self._base.outside_names)
+            for name in unit.names:
+                parts.setdefault(name, []).append(unit.part(self.menu[name][unit.entries[i]]))
+        layouts = self._base.layouts | {name: Layout.join(p) for name, p in parts.items()}
+        return Assignment(layouts, self._base.targets, self._base.outside_names)
 
 
 def read_plan(path: Path, recipe: Recipe, streamed: StreamedModel) -> Recipe:

@@ -128,6 +128,4 @@ class _Levels:
             self._packed[name, entry] = made.pack()
 
     def dense(self, name: str, entry: str) -> Tensor:
-        packed = self._packed[name, entry]
-        columns = int(packed["weight_shape"][1])
-        return QuantizedTensor.unpack(packed, [(self._menu[name][entry], columns)]).dequantize()
+        return QuantizedTensor.unpack(self._packed[name, entry], self._menu[name][entry]).dequantize()

@@ -15,7 +15,7 @@ from fewbits.calibration.sensitivity import DAMAGE, WEIGHTS_ONLY, measure
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import Survey
 from fewbits.quant.allocate.menu import build_menu
-from fewbits.quant.formats import parse_format
+from fewbits.quant.formats import parse_layout
 from fewbits.quant.prepare import load_text
 from fewbits.quant.quantizers.gptq import GPTQ
 from fewbits.quant.recipe import load_recipe
@@ -60,9 +60,9 @@ def test_feedback_damage_is_what_gptq_loses(bits: int) -> None:
     x = torch.randn(4000, 128) * torch.logspace(0, -1.5, 128) @ mix
     weight = torch.randn(SAMPLED_ROWS * 2, 128)
     stats = LayerStats(x.T @ x, len(x))
-    fmt = parse_format(f"int{bits}_g64")
-    (foreseen,) = feedback_damage(weight, stats, [fmt], None)
-    made, _ = GPTQ().quantize(weight, stats, [(fmt, 128)])
+    layout = parse_layout(f"int{bits}_g64", 128)
+    (foreseen,) = feedback_damage(weight, stats, [layout], None)
+    made, _ = GPTQ().quantize(weight, stats, layout)
     lost = proxy_loss(weight, made, stats)[0] / 2
     assert foreseen == pytest.approx(lost, rel=0.25 if bits > 2 else 0.4)
 

@@ -106,7 +106,7 @@ def test_block_size_changes_nothing(act_order: bool) -> None:
 def test_what_is_rounded_is_rounded_to_nearest() -> None:
     """With E = W - Q and A = R / diag(R), (E A)_k is what was lost at column k: half a step, unless codes ended."""
     weight, stats = weights(64, 96), stats_of(inputs(400, 96))
-    tensor, _ = GPTQ(act_order=False).quantize(weight, stats, [(IntFormat(4, 32), 96)])
+    tensor, _ = GPTQ(act_order=False).quantize(weight, stats, Layout.of(IntFormat(4, 32), 96))
     factor, _ = factored(stats.hessian, 0.01)
     lost = (weight - tensor.dequantize()) @ (factor / factor.diagonal())
     scale = tensor.segments[0].params["scale"].float().repeat_interleave(32, dim=1)
@@ -163,7 +163,8 @@ def test_weights_on_the_grid_come_back(bits: int, symmetric: bool, monkeypatch: 
         monkeypatch.setattr(IntFormat, "fit", lambda *args: {"scale": scale})
     weight = (scale[..., None] * (codes - zero[..., None])).view(8, 64)
     stats = stats_of(inputs(200, 64))
-    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, [(IntFormat(bits, 16, symmetric, torch.float32), 64)])
+    layout = Layout.of(IntFormat(bits, 16, symmetric, torch.float32), 64)
+    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, layout)
     assert torch.equal(codes_of(tensor), codes.view(8, 64).to(torch.uint8))
     assert torch.equal(tensor.dequantize(), weight)
     assert loss(weight, tensor, stats) == 0
@@ -199,7 +200,8 @@ def test_beats_round_to_nearest_on_correlated_inputs(name: str) -> None:
 
 def test_every_bit_is_worth_six_decibels() -> None:
     weight, stats = weights(32, 64), stats_of(inputs(400, 64))
-    losses = [loss(weight, GPTQ().quantize(weight, stats, [(IntFormat(b, 32), 64)])[0], stats) for b in range(2, 9)]
+    layouts = [Layout.of(IntFormat(b, 32), 64) for b in range(2, 9)]
+    losses = [loss(weight, GPTQ().quantize(weight, stats, layout)[0], stats) for layout in layouts]
     assert all(2.5 < a / b < 7 for a, b in itertools.pairwise(losses))
 
 
@@ -209,7 +211,7 @@ def test_exhaustive_search_is_never_beaten_and_hardly_better() -> None:
     for seed in range(60):
         columns = 3 + seed % 3
         weight, stats = weights(1, columns, seed), stats_of(inputs(40, columns, seed))
-        layout: Layout = [(IntFormat(2, None, False, torch.float32), columns)]
+        layout = Layout.of(IntFormat(2, None, False, torch.float32), columns)
         tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, layout)
         plain, _ = RTN("minmax").quantize(weight, stats, layout)
         fmt, params = per_column(tensor)[0]
@@ -435,9 +437,9 @@ def test_qep_keeps_dead_columns_zero() -> None:
 def test_rows_in_chunks_give_the_codes_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, original = paired()[:2]
     stats = LayerStats(x.T @ x, len(x), (original - x).T @ x)
-    whole, facts = GPTQ(qep=0.5).quantize(weights(40, 48), stats, [(IntFormat(3, 16), 48)])
+    whole, facts = GPTQ(qep=0.5).quantize(weights(40, 48), stats, Layout.of(IntFormat(3, 16), 48))
     monkeypatch.setattr("fewbits.quant.quantizers.gptq._CHUNK_WEIGHTS", 48 * 7)
-    chunked, same = GPTQ(qep=0.5).quantize(weights(40, 48), stats, [(IntFormat(3, 16), 48)])
+    chunked, same = GPTQ(qep=0.5).quantize(weights(40, 48), stats, Layout.of(IntFormat(3, 16), 48))
     assert same["qep_shift"] == pytest.approx(facts["qep_shift"], rel=1e-5)
     # other shapes of the same products round differently, which may flip a tie
     assert (whole.segments[0].codes != chunked.segments[0].codes).float().mean() <= 1e-3

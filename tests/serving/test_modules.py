@@ -40,7 +40,7 @@ def test_linear_multiplies_by_what_the_codes_mean(layout):
     assert torch.equal(module.quantized().dequantize(), weight)
     assert same_bytes(module.quantized().pack(), module.packed_tensors())
     assert isinstance(module, nn.Linear) and not any(p.shape == weight.shape for p in module.parameters())
-    held = [t for _, p in module.prepared() for t in (p.operands or ()) if t is not None]
+    held = [t for _, p in module.prepared().runs for t in (p.operands or ()) if t is not None]
     held = [t for t in held if t.data_ptr() not in {p.data_ptr() for p in module.packed_tensors().values()}]
     assert all(t.numel() < weight.numel() / 8 for t in held), "a copy of the weight is kept"
 
