@@ -79,6 +79,50 @@ def brain_surgeon(weight: Tensor, stats: LayerStats, tensor: QuantizedTensor, da
     return codes
 
 
+# -- sorted columns ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int3_g16", "int6_g16[16]+int3_g16[32]+int2_g16[16]"])
+@pytest.mark.parametrize("clip", ["minmax", "search"])
+def test_sorted_columns_with_a_diagonal_hessian_are_round_to_nearest(name: str, clip: str) -> None:
+    """In groups of sorted columns: the one with the largest input comes first."""
+    weight = weights(12, 64)
+    power = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(5)))
+    stats = LayerStats(torch.diag(power), 1)
+    layout = parse_layout(f"perm:{name}", 64)
+    ours, _ = GPTQ(clip=clip).quantize(weight, stats, layout)
+    rounded, _ = RTN(clip).quantize(weight, stats, layout)
+    assert torch.equal(ours.dequantize(), rounded.dequantize())
+    order = torch.argsort(power, descending=True)
+    by_hand, _ = RTN(clip).quantize(weight[:, order], LayerStats(torch.diag(power[order]), 1), parse_layout(name, 64))
+    assert torch.equal(rounded.dequantize()[:, order], by_hand.dequantize())
+    assert ours.layout == rounded.layout == layout
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_sorted_columns_are_the_same_sweep_over_a_renamed_input(act_order: bool) -> None:
+    """The weight and all its statistics in another order; QEP's too. What comes out is in the columns' own order."""
+    _, _, stats = paired()
+    weight, order = weights(9, 48), stats.column_order()
+    assert bool((stats.xtx.diagonal()[order].diff() <= 0).all()) and stats.cross is not None
+    how = GPTQ(act_order=act_order, qep=0.5)
+    tensor, facts = how.quantize(weight, stats, parse_layout("perm:int4_g16[16]+int2_g16[32]", 48))
+    renamed = LayerStats(stats.xtx[order][:, order], stats.n_tokens, stats.cross[order][:, order])
+    plain, same = how.quantize(weight[:, order], renamed, parse_layout("int4_g16[16]+int2_g16[32]", 48))
+    assert torch.equal(tensor.dequantize()[:, order], plain.dequantize()) and facts == same
+    if act_order:  # and with one group for a row, sorting is nothing but another name for each column
+        alone, _ = how.quantize(weight, stats, parse_layout("int3_row", 48))
+        named, _ = how.quantize(weight, stats, parse_layout("perm:int3_row", 48))
+        assert float((alone.dequantize() != named.dequantize()).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("how", [GPTQ(), RTN(), RTN("search")])
+def test_nothing_to_sort_by_is_an_error(how: GPTQ | RTN) -> None:
+    for stats in (None, LayerStats(torch.zeros(16, 16), 0)):
+        with pytest.raises(FewbitsError, match="no calibration tokens"):
+            how.quantize(weights(2, 16), stats, parse_layout("perm:int4_g8", 16))
+
+
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from fewbits.quant.targets import find_targets, find_unquantizable, read_weight
 from tests.conftest import tiny_config
 from tests.serving.conftest import round_to_nearest, same_bytes
 
-LAYOUTS = ["int4_g32", "int3_sym_g16", "int8_row_bf16", "int2_g16[48]+int8_g16[16]"]
+LAYOUTS = ["int4_g32", "int3_sym_g16", "int8_row_bf16", "int2_g16[48]+int8_g16[16]", "perm:int4_g16",
+           "perm:int6_g16[16]+int3_g16[32]+int2_g16[16]"]
 
 
 def make_linear(name: str, *, rows: int = 33, bias: bool = True) -> tuple[QuantLinear, torch.Tensor]:
