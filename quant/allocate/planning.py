@@ -179,7 +179,8 @@ class Planner:
             for name in unit.names:
                 by_name[name]["damage"] = by_name[name].get("damage", 0.0) + self._damage(unit, name, unit.entries[i])
         blocks, everything = totals(facts)
-        formats = {name: layout_name(layout) for name, layout in chosen.layouts.items()}
+        # by name, as a resumed run reads them back
+        formats = {name: layout_name(layout) for name, layout in sorted(chosen.layouts.items())}
         recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
         damage = sum(e[i] for e, i in zip(losses, choice))
         model = self.recipe.allocate.damage

@@ -7,8 +7,8 @@ imply through the Hessian. With ``H = R R^T`` (R upper triangular: a Cholesky fa
     v_k = w_k + sum_{j<k} (w_j - q_j) A_jk
 
 so the weights themselves never change and no inverse is needed. It gives the same integers as the error-push form of
-the paper. Groups are fitted beforehand on the original weights (static), so the order of columns costs nothing at run
-time: no permutation and no group index is stored.
+the paper. Groups are fitted beforehand on the original weights (static), so the order of the sweep costs nothing at run
+time: no permutation and no group index is stored for it.
 """
 
 from __future__ import annotations
