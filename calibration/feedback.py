@@ -65,6 +65,7 @@ def feedback_damage(
     c = torch.ones(weight.shape[0], device=weight.device) if curvature is None else curvature
     rows, own = sample_rows(weight).float().masked_fill(dead, 0), sample_rows(c)
     scale = 0.5 * float(c.sum() / own.sum().clamp(min=1e-30))
+    importance = importance.masked_fill(dead, 0)  # sorted last, as the quantizers have them
     return [
         scale * float(own @ ((rows - rounded(rows, importance, layout)).square() @ conditional)) for layout in layouts
     ]

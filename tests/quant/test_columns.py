@@ -194,7 +194,7 @@ def test_equal_sensitivities_give_uniform_bits(tiny) -> None:
     assert set(plan.recipe.plan.values()) == {"perm:int3_g32"} and plan.bits_per_weight == exactly
 
 
-@pytest.mark.parametrize("damage", ["baq", "hessian"])
+@pytest.mark.parametrize("damage", ["baq", "hessian", "weights"])
 def test_budgets_are_met_from_below(wide, damage: str) -> None:
     planner = surveyed(wide, allocate__damage=damage)
     for bpw in (3.2, 3.7, 4.4, 6.1):
@@ -244,6 +244,17 @@ def test_from_a_budget_to_logits(tiny, tmp_path: Path, family: str) -> None:
         assert torch.equal(load(tmp_path / "saved")(ids).logits, logits)
 
 
+@pytest.mark.parametrize("budget", [{"size": 172_000}, {"bpw_total": 14.5}])
+def test_other_budgets_count_sorted_columns_to_the_byte(tiny, tmp_path: Path, budget: dict[str, float]) -> None:
+    (kind, limit), = budget.items()
+    made = fewbits.quantize(tiny("llama"), tmp_path / "out", recipe="baq",
+                            overrides={**_QUICK, f"budget.{kind}": limit})
+    got = made.bytes if kind == "size" else made.bits_per_weight_total
+    assert 0.98 * limit <= got <= limit
+    assert made.bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("fewbits-*.safetensors"))
+    assert sum(f["bytes"] for f in fewbits_inspect(tmp_path / "out")) < made.bytes
+
+
 def fewbits_inspect(folder: Path) -> list[dict]:
     from fewbits.quant.inspection import inspect
 
@@ -255,14 +266,17 @@ def test_a_plan_with_sorted_columns_is_edited_and_carried_out(tiny, tmp_path: Pa
     plan = fewbits.plan(tiny("llama"), recipe="baq", overrides={**_QUICK, "budget.bpw": 3.9}).to_json()
     path, edited = tmp_path / "plan.json", "perm:int8_g32[32]+int2_g16[32]"
     name = "model.layers.0.self_attn.q_proj"
-    next(t for t in plan["tensors"] if t["name"] == name)["format"] = edited
+    for row in plan["tensors"]:
+        row["format"] = {name: edited, "lm_head": "perm:int6_g32"}.get(row["name"], row["format"])
     path.write_text(json.dumps(plan))
     for recipe in ("rtn", "gptq"):
         fewbits.quantize(tiny("llama"), tmp_path / recipe, recipe=recipe, plan=path, overrides=dict(_QUICK))
         written = {t["name"]: t["format"] for t in fewbits_inspect(tmp_path / recipe)}
-        assert written[name] == edited
-        order = load(tmp_path / recipe).get_submodule(name).quantized().permutation
-        assert order is not None and not torch.equal(order.long(), torch.arange(64))
+        assert written[name] == edited and written["lm_head"] == "perm:int6_g32"
+        model = load(tmp_path / recipe)
+        for module in (model.get_submodule(name), model.lm_head):
+            order = module.quantized().permutation
+            assert order is not None and not torch.equal(order.long(), torch.arange(64))
     with pytest.raises(RecipeError, match=r"vllm does not read perm:.*\(model.layers.0"):
         fewbits.quantize(tiny("llama"), tmp_path / "no", recipe="rtn", plan=path,
                          overrides={**_QUICK, "allocate.target": "vllm"})
