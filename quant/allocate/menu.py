@@ -79,8 +79,8 @@ class Unit:
     columns: tuple[int, int] | None = None
 
     def part(self, layout: Layout) -> Layout:
-        """What of a tensor's layout belongs to this unit."""
-        return layout if self.columns is None else layout.cut(*self.columns)
+        """What of a tensor's layout belongs to this unit. At one width throughout there is no reason to sort."""
+        return dataclasses.replace(layout, permuted=False) if self.columns is None else layout.cut(*self.columns)
 
 
 def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, Layout]]:
@@ -237,3 +237,18 @@ def _column_units(layout: Layout, group: int) -> list[tuple[int, int] | None]:
     if not layout.permuted:
         return [None]
     return [(start, min(start + group, layout.columns)) for start in range(0, layout.columns, group)]
+
+
+def without_idle_sorting(units: Sequence[Unit], choice: Sequence[int]) -> list[Unit]:
+    """Tensors whose groups of columns all chose the same are whole again: no permutation is stored for nothing."""
+    members: dict[tuple[str, ...], list[int]] = {}
+    for i, unit in enumerate(units):
+        members.setdefault(unit.names, []).append(i)
+    out: list[Unit] = []
+    for names, own in members.items():
+        if len(own) > 1 and len({choice[i] for i in own}) == 1:
+            costs = tuple(map(sum, zip(*(units[i].costs for i in own))))
+            out.append(Unit(names, units[own[0]].entries, costs))
+        else:
+            out += [units[i] for i in own]
+    return out

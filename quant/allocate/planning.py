@@ -18,7 +18,7 @@ from fewbits.calibration.survey import Losses, Progress, Survey
 from fewbits.quant.allocate.budget import Footprint, Measure, smallest
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
-from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
+from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units, without_idle_sorting
 from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prior
 from fewbits.quant.allocate.refine import Trust, measure_trust, require_trust, search
 from fewbits.quant.checkpoint import file_sizes
@@ -163,19 +163,18 @@ class Planner:
         start = time.monotonic()
         budgeted = Measure(budget, self.streamed)
         budgeted.refuse(smallest(self.menu, self._base))
-        losses = [[sum(self._damage(u, n, e) for n in u.names) for e in u.entries] for u in self.units]
-        solution, chosen, spare = self._within(budgeted, losses)
+        units, losses, solution, chosen, spare = self._solve(budgeted)
         choice, search_facts = list(solution.choice), None
         if self.recipe.allocate.refine == "evopress":
             want = self.recipe.allocate
             choice, search_facts = search(
-                self._job, self.units, losses, choice, spare,
+                self._job, units, losses, choice, spare,
                 Schedule(generations=want.generations, offspring=want.offspring),
             )
-            chosen = self._assignment(choice)
+            chosen = self._assignment(units, choice)
         facts = chosen.facts(self.streamed)
         by_name = {fact["name"]: fact for fact in facts}
-        for unit, i in zip(self.units, choice):
+        for unit, i in zip(units, choice):
             for name in unit.names:
                 by_name[name]["damage"] = by_name[name].get("damage", 0.0) + self._damage(unit, name, unit.entries[i])
         blocks, everything = totals(facts)
@@ -204,25 +203,42 @@ class Planner:
                 for n, layout in chosen.layouts.items() for fmt, columns in layout.runs]
         return prior(sum(weights for weights, _ in runs), None, runs)
 
-    def _within(self, measure: Measure, losses: list[list[float]]) -> tuple[Solution, Assignment, int]:
+    def _solve(self, measure: Measure) -> tuple[list[Unit], list[list[float]], Solution, Assignment, int]:
+        """The units and their losses, the best choice, what it means, and the bytes that the units may take.
+
+        Solved again without the permutations that turned out to be of no use: the same choice costs less then, so the
+        next one is no worse, and there are fewer units each time.
+        """
+        units = self.units
+        while True:
+            losses = [[sum(self._damage(u, n, e) for n in u.names) for e in u.entries] for u in units]
+            solution, chosen, spare = self._within(measure, units, losses)
+            fewer = without_idle_sorting(units, solution.choice)
+            if len(fewer) == len(units):
+                return units, losses, solution, chosen, spare
+            units = fewer
+
+    def _within(
+        self, measure: Measure, units: list[Unit], losses: list[list[float]]
+    ) -> tuple[Solution, Assignment, int]:
         """Solve, and where a file's header came out longer than foreseen, again with that much less.
 
         Also returns the bytes that the units may take.
         """
-        cheapest = self._assignment([min(range(len(u.costs)), key=u.costs.__getitem__) for u in self.units])
-        fixed = measure.cost(cheapest) - sum(min(u.costs) for u in self.units)
+        cheapest = self._assignment(units, [min(range(len(u.costs)), key=u.costs.__getitem__) for u in units])
+        fixed = measure.cost(cheapest) - sum(min(u.costs) for u in units)
         spare = measure.limit(cheapest) - fixed
         while True:
-            solution = solve([u.costs for u in self.units], losses, spare)
-            chosen = self._assignment(solution.choice)
+            solution = solve([u.costs for u in units], losses, spare)
+            chosen = self._assignment(units, solution.choice)
             over = measure.cost(chosen) - measure.limit(chosen)
             if over <= 0:
                 return solution, chosen, spare
             spare -= over
 
-    def _assignment(self, choice: Sequence[int]) -> Assignment:
+    def _assignment(self, units: Sequence[Unit], choice: Sequence[int]) -> Assignment:
         parts: dict[str, list[Layout]] = {}
-        for unit, i in zip(self.units, choice):
+        for unit, i in zip(units, choice):
             for name in unit.names:
                 parts.setdefault(name, []).append(unit.part(self.menu[name][unit.entries[i]]))
         layouts = self._base.layouts | {name: Layout.join(p) for name, p in parts.items()}

@@ -187,11 +187,11 @@ def test_equal_sensitivities_give_uniform_bits(tiny) -> None:
         rows, columns = planner.streamed.targets[name].shape
         planner.losses[name] = {e: rows * columns * 4.0 ** -own.runs[0][0].code_bits for e, own in entries.items()}
         planner.shares[name] = [32 / columns] * (columns // 32)
-    cheapest = {n: planner.menu[n]["int3"] for n in planner.menu}
-    weights = sum(n * k for n, k in (planner.streamed.targets[t].shape for t in cheapest))
-    exactly = 8 * sum(m.stored_bytes(planner.streamed.targets[n].shape[0]) for n, m in cheapest.items()) / weights
-    plan = planner.plan(Budget(bpw=exactly))
-    assert set(plan.recipe.plan.values()) == {"perm:int3_g32"} and plan.bits_per_weight == exactly
+    shapes = {n: planner.streamed.targets[n].shape for n in planner.menu}
+    stored = sum(parse_layout("int3_g32", k).stored_bytes(n) for n, k in shapes.values())
+    exactly = 8 * stored / sum(n * k for n, k in shapes.values())
+    plan = planner.plan(Budget(bpw=exactly))  # and no tensor stores a permutation that it has no use for
+    assert set(plan.recipe.plan.values()) == {"int3_g32"} and plan.bits_per_weight == exactly
 
 
 @pytest.mark.parametrize("damage", ["baq", "hessian", "weights"])
