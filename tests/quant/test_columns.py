@@ -17,7 +17,7 @@ from fewbits.calibration.sensitivity import measure
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import Survey
 from fewbits.quant.allocate.knapsack import solve
-from fewbits.quant.allocate.menu import build_menu, build_units
+from fewbits.quant.allocate.menu import Unit, build_menu, build_units, without_idle_sorting
 from fewbits.quant.allocate.planning import Planner
 from fewbits.quant.errors import BudgetError, FewbitsError, FormatError, RecipeError
 from fewbits.quant.formats import layout_name, parse_layout
@@ -309,6 +309,18 @@ def test_menu_entries_are_whole_tensors(wide) -> None:
     }
     small = planner_of(wide, allocate__column_group=128, allocate__formats=["int3"])
     assert layout_name(small.menu["model.layers.0.mlp.up_proj"]["int3"]) == "int3_g128"  # nothing to tell apart
+
+
+def test_only_groups_that_differ_stay_apart() -> None:
+    def units(name: str, groups: int) -> list[Unit]:
+        return [Unit((name,), ("int2", "int4"), (10, 20 + g), (32 * g, 32 * g + 32)) for g in range(groups)]
+
+    whole = Unit(("c",), ("int2", "int4"), (5, 9))
+    mixed, alike = units("a", 2), units("b", 3)
+    found = without_idle_sorting([*mixed, *alike, whole], [0, 1, 1, 1, 1, 0])
+    assert found == [*mixed, Unit(("b",), ("int2", "int4"), (30, 63)), whole]
+    assert layout_name(found[2].part(parse_layout("perm:int4_g32", 96))) == "int4_g32"
+    assert without_idle_sorting(found, [0, 1, 1, 0]) == found
 
 
 def test_layouts_are_cut_and_joined() -> None:
