@@ -38,6 +38,8 @@ MENUS = {
 }
 MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
+MENUS["baq-columns"] = ["int2", "int3", "int4", "int5", "int6", "int8"]
+MORE = {"evopress": {"allocate.generations": 10}, "baq": {"allocate.unit": "tensor"}}
 UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
@@ -120,8 +122,7 @@ def _sequential(recipe: Recipe) -> Recipe:
 
 def recipe(name: str, more: dict[str, Any]) -> Recipe:
     """A recipe on the protocol's calibration, with statistics of the original model."""
-    search = {"allocate.generations": 10} if name == "evopress" else {}
-    return load_recipe(name, {**_overrides(), **search, **more})
+    return load_recipe(name.removesuffix("-columns"), {**_overrides(), **MORE.get(name, {}), **more})
 
 
 def _autoscheme(python: str, model: Path, budgets: list[float]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.gptq import reverse_cholesky
-from fewbits.quant.types import Format, LayerStats
+from fewbits.quant.types import LayerStats, Layout, natural_columns
 
 SAMPLED_ROWS = 128
 """Rows of a matrix that a damage is estimated from; the rest is taken to be like them."""
@@ -20,8 +21,11 @@ def sample_rows(matrix: Tensor) -> Tensor:
     return matrix[:: max(1, matrix.shape[0] // SAMPLED_ROWS)]
 
 
-def conditional_curvature(stats: LayerStats, damp: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``D (K,)``, ``diag(H) (K,)`` and the dead inputs: ``D_j = R_jj^2`` of ``H = R R^T`` in act-order."""
+def conditional_curvature(stats: LayerStats, damp: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+    """``D (K,)``, ``diag(H) (K,)`` and the dead inputs: ``D_j = R_jj^2`` of ``H = R R^T`` in act-order.
+
+    Each is by column, in the columns' own order. A dead input has no D: what multiplies it changes nothing.
+    """
     diagonal = stats.xtx.diagonal() / max(stats.n_tokens, 1)
     dead = diagonal <= 0
     alive = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
@@ -30,17 +34,28 @@ def conditional_curvature(stats: LayerStats, damp: float) -> tuple[Tensor, Tenso
     lower, _ = reverse_cholesky(stats.xtx, max(stats.n_tokens, 1), order, damp)
     conditional = torch.empty_like(importance)
     conditional[order] = lower.diagonal().flip(0).square()
-    return conditional, importance, dead
+    return conditional.masked_fill_(dead, 0), importance, dead
+
+
+def column_shares(stats: LayerStats, group: int) -> list[float]:
+    """How a tensor's damage spreads over groups of its sorted columns: in proportion to the sum of ``D_j``.
+
+    At one width a column loses ``D_j |v_j - q_j|^2``, and rounding errors are alike wherever the grid is (BAQ,
+    arXiv 2506.05664).
+    """
+    conditional, _, _ = conditional_curvature(stats)
+    sums = torch.stack([part.sum() for part in conditional[stats.column_order()].double().split(group)])
+    return (sums / sums.sum().clamp(min=1e-300)).tolist()
 
 
 def feedback_damage(
-    weight: Tensor, stats: LayerStats, formats: Sequence[Format], curvature: Tensor | None, *, damp: float = 0.01
+    weight: Tensor, stats: LayerStats, layouts: Sequence[Layout], curvature: Tensor | None, *, damp: float = 0.01
 ) -> list[float]:
-    """What GPTQ's output error will cost with each format: ``1/2 sum_ij c_i D_j E_ij^2``, nats per token.
+    """What GPTQ's output error will cost with each layout: ``1/2 sum_ij c_i D_j E_ij^2``, nats per token.
 
     The loss of error feedback is ``sum_j D_j |v_j - q_j|^2`` (GPTQ's own identity), and the rounding errors of the
     compensated weights ``v`` are about those of plain rounding on the same grid. So one factorization and one rounding
-    per format do for a whole run of the quantizer.
+    per layout do for a whole run of the quantizer.
 
     Args:
         weight: ``(N, K)``, of which ``SAMPLED_ROWS`` are looked at.
@@ -50,14 +65,26 @@ def feedback_damage(
     c = torch.ones(weight.shape[0], device=weight.device) if curvature is None else curvature
     rows, own = sample_rows(weight).float().masked_fill(dead, 0), sample_rows(c)
     scale = 0.5 * float(c.sum() / own.sum().clamp(min=1e-30))
+    importance = importance.masked_fill(dead, 0)  # sorted last, as the quantizers have them
     return [
-        scale * float(own @ ((rows - rounded(rows, importance, fmt)).square() @ conditional)) for fmt in formats
+        scale * float(own @ ((rows - rounded(rows, importance, layout)).square() @ conditional)) for layout in layouts
     ]
 
 
-def rounded(weight: Tensor, importance: Tensor | None, fmt: Format) -> Tensor:
-    """``weight (N, K)`` rounded to the nearest values of a format, its grid fitted as the quantizers fit it."""
-    ((_, params, _),) = fit_layout(weight, importance, [(fmt, weight.shape[1])])
-    grouped = weight.reshape(len(weight), fmt.groups(weight.shape[1]), -1)
-    params = {k: v.unsqueeze(-1) for k, v in params.items()}
-    return fmt.decode(fmt.encode(grouped, params), params).view_as(weight)
+def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
+    """``weight (N, K)`` rounded to the nearest values of a layout, its grid fitted as the quantizers fit it.
+
+    Without ``importance`` there is nothing to sort columns by: they stay as they come.
+    """
+    if layout.permuted:
+        plain = dataclasses.replace(layout, permuted=False)
+        if importance is None:
+            return rounded(weight, None, plain)
+        order = torch.argsort(importance, descending=True, stable=True)
+        return natural_columns(rounded(weight[:, order], importance[order], plain), order)
+    runs = []
+    for (fmt, columns), params, start in fit_layout(weight, importance, layout):
+        grouped = weight[:, start : start + columns].reshape(len(weight), fmt.groups(columns), -1)
+        params = {k: v.unsqueeze(-1) for k, v in params.items()}
+        runs.append(fmt.decode(fmt.encode(grouped, params), params).view(len(weight), columns))
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.quant.checkpoint import disk_errors
-from fewbits.quant.types import Format
+from fewbits.quant.formats import layout_name
+from fewbits.quant.types import Layout
 
 
 class Findings:
-    """Numbers by kind, tensor and format; one line of JSON each, appended as they are found.
+    """Numbers by kind, tensor and layout; one line of JSON each, appended as they are found.
 
     Args:
         folder: where they are kept; None keeps them in memory only.
@@ -30,19 +31,20 @@ class Findings:
 
     def _take(self, line: str) -> None:
         try:
-            key, kind, tensor, fmt, value = json.loads(line)
+            key, kind, tensor, layout, value = json.loads(line)
             if key == self._key:
-                self._known[kind, tensor, fmt] = float(value)
+                self._known[kind, tensor, layout] = float(value)
         except (ValueError, TypeError):  # a line that an interruption cut short
             return
 
-    def get(self, kind: str, tensor: str, fmt: Format) -> float | None:
+    def get(self, kind: str, tensor: str, layout: Layout) -> float | None:
         """What is known, or None."""
-        return self._known.get((kind, tensor, fmt.name))
+        return self._known.get((kind, tensor, layout_name(layout)))
 
-    def add(self, kind: str, tensor: str, fmt: Format, value: float) -> None:
+    def add(self, kind: str, tensor: str, layout: Layout, value: float) -> None:
         """Keep a number."""
-        self._known[kind, tensor, fmt.name] = value
+        name = layout_name(layout)
+        self._known[kind, tensor, name] = value
         if self._path is not None:
             with disk_errors(self._path), self._path.open("a") as file:
-                file.write(json.dumps([self._key, kind, tensor, fmt.name, value]) + "\n")
+                file.write(json.dumps([self._key, kind, tensor, name, value]) + "\n")

@@ -15,6 +15,7 @@ from fewbits.calibration.feedback import conditional_curvature, feedback_damage,
 from fewbits.calibration.meter import KLMeter
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.targets import as_matrix, find_targets, read_weight
+from fewbits.quant.types import Layout
 
 CURVATURE_ROWS, GRADIENT_ROWS = 16, 8
 """Calibration rows that gradients are taken over: changes numbers by their noise."""
@@ -95,11 +96,16 @@ def baq(job: Survey) -> Losses:
     for block, stats in job.blocks():
         for name in stats.keys() & job.menu.keys():
             w = block.weights[name].float()
-            conditional, _, _ = conditional_curvature(stats[name], 0.01)
             spread = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)).square().sum()
-            c = float(conditional.sum() * spread) / 24
-            out[name] = {e: c * 4.0**-f.code_bits for e, f in job.menu[name].items()}
+            c = float(conditional_curvature(stats[name])[0].sum() * spread) / 24
+            out[name] = {e: c * 4.0 ** -_width(layout) for e, layout in job.menu[name].items()}
     return out
+
+
+def _width(layout: Layout) -> int:
+    """Bits of an entry of a menu: it has one width, whatever its groups are."""
+    (bits,) = {fmt.code_bits for fmt, _ in layout.runs}
+    return bits
 
 
 def weights(job: Survey) -> Losses:
@@ -111,8 +117,8 @@ def weights(job: Survey) -> Losses:
                 w = sample_rows(block.weights[target.name])
                 power = float(w.square().sum().clamp(min=1e-30))
                 out[target.name] = {
-                    e: target.shape[0] * target.shape[1] * float((w - rounded(w, None, f)).square().sum()) / power
-                    for e, f in job.menu[target.name].items()
+                    e: target.shape[0] * target.shape[1] * float((w - rounded(w, None, own)).square().sum()) / power
+                    for e, own in job.menu[target.name].items()
                 }
     return out
 
@@ -152,7 +158,7 @@ def _by_block(job: Survey, importance: Mapping[int, float]) -> Losses:
         index = job.streamed.block_index(name)
         assert index is not None
         n, k = job.streamed.targets[name].shape
-        out[name] = {e: rank[index] * n * k * 4.0**-f.code_bits for e, f in entries.items()}
+        out[name] = {e: rank[index] * n * k * 4.0 ** -_width(layout) for e, layout in entries.items()}
     return out
 
 
@@ -212,7 +218,7 @@ def measured_alone(
     todo: dict[str, list[str]] = {}
     for name, entries in wanted.items():
         for entry in entries:
-            known = job.findings.get("alone", name, job.format(name, entry))
+            known = job.findings.get("alone", name, job.layout(name, entry))
             if known is None:
                 todo.setdefault(name, []).append(entry)
             else:
@@ -220,7 +226,7 @@ def measured_alone(
     total = sum(map(len, todo.values()))
     for done, (name, entry, made) in enumerate(job.quantized(todo) if todo else (), 1):
         found = meter.measure({name: made.dequantize()})
-        job.findings.add("alone", name, job.format(name, entry), found)
+        job.findings.add("alone", name, job.layout(name, entry), found)
         yield name, entry, found
         job.progress("Measuring", done, total)
 

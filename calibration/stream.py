@@ -83,6 +83,13 @@ class Call:
     kwargs: dict[str, Any]
 
 
+def one_expert_at_a_time(model: Any) -> None:
+    """Let a model with fused experts run them as linears, one by one, where they can be seen."""
+    if hasattr(model, "set_experts_implementation"):
+        with suppress(ValueError, AttributeError):
+            model.set_experts_implementation("eager")
+
+
 class StreamedModel:
     """A language model, perhaps one that takes images, whose decoder blocks are loaded one at a time.
 
@@ -111,9 +118,7 @@ class StreamedModel:
             raise ModelError(f"{source.name}: transformers cannot build this model: {error}") from error
         model.eval()
         model.config.use_cache = False
-        if hasattr(model, "set_experts_implementation"):
-            with suppress(ValueError, AttributeError):
-                model.set_experts_implementation("eager")  # the one whose linears can be seen one expert at a time
+        one_expert_at_a_time(model)
         self.model = model
         self.blocks_path = find_blocks(model)
         self.targets = {t.name: t for t in find_targets(model)}

@@ -13,12 +13,13 @@ from torch import Tensor
 import fewbits
 from fewbits.calibration.collect import Collector
 from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.feedback import column_shares
 from fewbits.calibration.findings import Findings
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.calibration.stream import Block, StreamedModel, one_expert_at_a_time
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe
-from fewbits.quant.types import Format, LayerStats, QuantizedTensor, Quantizer
+from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Quantizer
 
 Progress = Callable[[str, int, int], None]
 
@@ -31,7 +32,7 @@ class Survey:
     """What a damage model works from.
 
     Attributes:
-        menu: formats to judge, by tensor of the decoder blocks and entry.
+        menu: layouts to judge, by tensor of the decoder blocks and entry.
         ends: the same for embedding and head, where they have a choice.
         text: calibration rows; None only for models that look at weights alone.
         stored: statistics of the original model on disk: read if they are complete, else written.
@@ -39,14 +40,15 @@ class Survey:
 
     streamed: StreamedModel
     recipe: Recipe
-    menu: Mapping[str, Mapping[str, Format]]
-    ends: Mapping[str, Mapping[str, Format]]
+    menu: Mapping[str, Mapping[str, Layout]]
+    ends: Mapping[str, Mapping[str, Layout]]
     text: CalibrationSet | None
     stored: StoredStats | None
     seed: int
     progress: Progress
     _groups: list[list[str]] = field(default_factory=list)
     _head: LayerStats | None = None
+    _shares: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.findings = Findings(self.stored.folder if self.stored else None, {
@@ -69,6 +71,7 @@ class Survey:
                     for group in step:
                         stats |= dict.fromkeys(group, own[group[0]])
                         self._groups.append(group)
+                        self._share_out(group, own[group[0]])
                 yield block, stats
                 collector.advance(block)
                 self.progress("Surveying", block.index + 1, total)
@@ -95,11 +98,10 @@ class Survey:
         self, quantizer: Quantizer, name: str, weight: Tensor, stats: LayerStats | None, entries: Iterable[str]
     ) -> Iterator[tuple[str, str, QuantizedTensor]]:
         for entry in entries:
-            layout = [(self.format(name, entry), weight.shape[1])]
-            made, _ = quantizer.quantize(weight, stats, layout, seed=self.seed)
+            made, _ = quantizer.quantize(weight, stats, self.layout(name, entry), seed=self.seed)
             yield name, entry, made
 
-    def format(self, name: str, entry: str) -> Format:
+    def layout(self, name: str, entry: str) -> Layout:
         """What an entry of the menu means for a tensor."""
         return (self.menu.get(name) or self.ends[name])[entry]
 
@@ -114,6 +116,18 @@ class Survey:
                 hidden = block.run(hidden, calls[block.index])
         return self._groups
 
+    def _share_out(self, group: list[str], stats: LayerStats) -> None:
+        want = self.recipe.allocate
+        if want.unit == "columns" and group[0] not in self._shares:
+            self._shares |= dict.fromkeys(group, column_shares(stats, want.column_group))
+
+    def shares(self) -> dict[str, list[float]]:
+        """For each tensor: the part of its damage that falls on each group of its columns once they are sorted."""
+        if not self._shares:
+            for _ in self.blocks():
+                pass
+        return self._shares
+
     def rows(self, n: int) -> list[Tensor]:
         """The first ``n`` calibration rows of text, padding left out; none with images."""
         assert self.text is not None
@@ -123,4 +137,6 @@ class Survey:
         """The original model, whole."""
         from fewbits.serving.transformers import load
 
-        return load(self.streamed.source.path, device=str(self.streamed.device), dtype=dtype)
+        model = load(self.streamed.source.path, device=str(self.streamed.device), dtype=dtype)
+        one_expert_at_a_time(model)
+        return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +120,7 @@ def plan(
 
 
 def _table(data: dict[str, Any]) -> Any:
-    """Formats by the last part of the name: how many of each, and the mean bits."""
+    """By the last part of the name: formats, and the mean bits."""
     from rich.table import Table
 
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -129,9 +130,23 @@ def _table(data: dict[str, Any]) -> Any:
     table = Table("linear", "bits per weight", "formats")
     for kind, tensors in rows.items():
         weights = sum(8 * t["bytes"] / t["bits_per_weight"] for t in tensors)
-        counts: dict[str, int] = {}
-        for t in tensors:
-            counts[t["format"]] = counts.get(t["format"], 0) + 1
         bits = 8 * sum(t["bytes"] for t in tensors) / weights
-        table.add_row(kind, f"{bits:.2f}", ", ".join(f"{f} x {n}" for f, n in sorted(counts.items())))
+        table.add_row(kind, f"{bits:.2f}", _formats(tensors))
     return table
+
+
+def _formats(tensors: list[dict[str, Any]]) -> str:
+    """How many tensors have each format; of those with several, how much of them has each."""
+    from fewbits.quant.formats import parse_layout
+
+    counts = Counter(t["format"] for t in tensors if "[" not in t["format"])
+    mixed = [t for t in tensors if "[" in t["format"]]
+    shares: Counter[str] = Counter()
+    for t in mixed:
+        for fmt, columns in parse_layout(t["format"], t["shape"][1]).runs:
+            shares[fmt.name] += t["shape"][0] * columns
+    parts = [f"{f} x {n}" for f, n in sorted(counts.items())]
+    if mixed:
+        inside = ", ".join(f"{f} {n / shares.total():.0%}" for f, n in sorted(shares.items()))
+        parts.append(f"mixed x {len(mixed)}: {inside}")
+    return ", ".join(parts)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import Prepared, dequantize, dequantize_rows, matmul, prepare
 from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Layout, QuantizedTensor
+from fewbits.quant.types import Layout, QuantizedTensor, check_permutation, natural_columns
 
 
 class WeightView:
@@ -62,16 +62,26 @@ class WeightView:
         return self.dense() @ other
 
 
+class PreparedRuns(NamedTuple):
+    """Attributes:
+    runs: columns of a run, and what a kernel reads of it.
+    order: ``(K,)``, which input each stored column is multiplied by; None: the columns are in their own order.
+    """
+
+    runs: list[tuple[slice, Prepared]]
+    order: Tensor | None
+
+
 class PackedMatrix(nn.Module):
     """The packed tensors of one ``(N, K)`` weight, on the meta device until they are loaded.
 
     Attributes:
-        layout: runs of columns.
+        layout: runs of columns, and whether they are sorted.
         rows, columns: N, K.
         compute_dtype: dtype of what is computed; follows ``.to(dtype)``, unlike the packed tensors.
     """
 
-    layout: tuple[tuple[Any, int], ...]
+    layout: Layout
     rows: int
     columns: int
     compute_dtype: torch.dtype
@@ -82,12 +92,8 @@ class PackedMatrix(nn.Module):
         self._register_packed(layout, shape, dtype)
 
     def _register_packed(self, layout: Layout, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.layout, (self.rows, self.columns), self.compute_dtype = tuple(layout), shape, dtype
-        storage: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for i, (fmt, columns) in enumerate(layout):
-            suffix = f"_{i}" if i else ""
-            storage |= {f"{k}{suffix}": v for k, v in fmt.storage(self.rows, columns).items()}
-        storage["weight_shape"] = ((2,), torch.int64)
+        self.layout, (self.rows, self.columns), self.compute_dtype = layout, shape, dtype
+        storage = layout.storage(self.rows)
         self._packed_names = tuple(storage)
         for name, (size, stored) in storage.items():
             tensor = torch.empty(size, dtype=stored, device="meta")
@@ -119,19 +125,21 @@ class PackedMatrix(nn.Module):
             setattr(self, name, new if name in self._buffers else nn.Parameter(new, requires_grad=False))
         self.__dict__.pop("_prepared", None)
 
-    def prepared(self) -> list[tuple[slice, Prepared]]:
-        """Per run of columns: which ones, and what a kernel reads. Made at first use, shared until a tensor changes."""
+    def prepared(self) -> PreparedRuns:
+        """What a kernel reads of every run of columns. Made at first use, shared until a tensor changes."""
         tensors = self.packed_tensors()
         if (kept := self.__dict__.get("_prepared")) is not None:
             sources, state = kept
             if all(a is b for a, b in zip(sources, tensors.values())):
                 return state
-        state, start = [], 0
-        for i, (fmt, columns) in enumerate(self.layout):
+        runs, start = [], 0
+        for i, (fmt, columns) in enumerate(self.layout.runs):
             suffix = f"_{i}" if i else ""
             local = {k: tensors[f"{k}{suffix}"].detach() for k in fmt.storage(self.rows, columns)}
-            state.append((slice(start, start + columns), prepare(fmt, local, self.rows, columns)))
+            runs.append((slice(start, start + columns), prepare(fmt, local, self.rows, columns)))
             start += columns
+        order = check_permutation(tensors["weight_perm"], self.columns).long() if self.layout.permuted else None
+        state = PreparedRuns(runs, order)
         # An offloading hook puts the tensors back to disk after each forward: keeping them here would defeat it.
         if not getattr(getattr(self, "_hf_hook", None), "offload", False):
             self.__dict__["_prepared"] = (list(tensors.values()), state)
@@ -139,17 +147,22 @@ class PackedMatrix(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``."""
-        (_, first), *rest = parts = self.prepared()
+        state = self.prepared()
+        if state.order is not None:
+            x = x.index_select(-1, state.order)
+        (columns, first), *rest = state.runs
         if not rest:
             return matmul(x, first)
-        y = matmul(x[..., parts[0][0]], first)
+        y = matmul(x[..., columns], first)
         for columns, part in rest:
             y = y + matmul(x[..., columns], part)
         return y
 
     def dense(self) -> Tensor:
         """``(N, K)`` in the compute dtype, made anew."""
-        return torch.cat([dequantize(p) for _, p in self.prepared()], dim=1).to(self.compute_dtype)
+        state = self.prepared()
+        stored = torch.cat([dequantize(p) for _, p in state.runs], dim=1)
+        return (stored if state.order is None else natural_columns(stored, state.order)).to(self.compute_dtype)
 
     def forward(self) -> Tensor:
         # A forward, because that is where offloading hooks bring the tensors in.
@@ -239,7 +252,7 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
 
     def forward(self, index: Tensor) -> Tensor:  # type: ignore[override]
         """``index (...)`` -> ``(..., K)`` in the compute dtype."""
-        rows = [dequantize_rows(p, index) for _, p in self.prepared()]
+        rows = [dequantize_rows(p, index) for _, p in self.prepared().runs]
         return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)).to(self.compute_dtype)
 
 

@@ -162,17 +162,18 @@ def quantize(
     planner = Planner(streamed, recipe, seed=seed, progress=progress) if recipe.needs_plan else None
     judged = max_kl is not None or bool(recipe.budget.given)
     text = held_out = None
-    if quantizer.needs_stats or judged or (planner and planner.needs_text):
+    needs_stats = quantizer.needs_stats or recipe.sorts_columns
+    if needs_stats or judged or (planner and planner.needs_text):
         text, held_out = load_text(recipe, streamed, seed, held_out=judged)
-    run = run_identity(source, recipe, text if quantizer.needs_stats else None, seed=seed, device=device)
+    run = run_identity(source, recipe, text if needs_stats else None, seed=seed, device=device)
     kept = StoredStats(Path(stats), stats_identity(source, recipe, text)) if stats and text else None
     if planner is not None:
         known = _known_allocation(Path(out), run) if resume else None
         run["allocation"] = known or planner.allocation(text, kept, measured)
         recipe = recipe.model_copy(update={"plan": run["allocation"]["formats"]})
     assignment = assign(recipe, streamed)
-    require_readable(assignment.formats, assignment.targets, recipe.allocate.target)
-    stored = kept if quantizer.needs_stats else None
+    require_readable(assignment.layouts, recipe.allocate)
+    stored = kept if needs_stats else None
     writer = CheckpointWriter(
         Path(out), len(streamed.block_modules) + 1, run, resume=resume, force=force,
         need_bytes=sum(file_sizes(assignment.shards(streamed))),
@@ -186,7 +187,7 @@ def quantize(
         job = _Job(streamed, assignment, quantizer, writer, seed, clock)
         with clock.calibrating():
             collector = Collector(
-                streamed, recipe, assignment.formats, text if quantizer.needs_stats else None, stored
+                streamed, recipe, assignment.layouts, text if needs_stats else None, stored
             )
         with contextlib.closing(collector):
             _quantize_blocks(job, collector, progress)
@@ -275,17 +276,17 @@ def _return_memory() -> None:
 def _quantize_step(
     job: _Job, block: Block, step: list[list[str]], stats: dict[str, LayerStats]
 ) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
-    """Quantize the targets of each group that shares an input; those of one format are stacked and swept as one."""
+    """Quantize the targets of each group that shares an input; those of one layout are stacked and swept as one."""
     made: dict[str, QuantizedTensor] = {}
     facts = []
     for group in step:
         own = stats.pop(group[0], None)
-        for fmt, names in job.assignment.by_format(group).items():
+        for layout, names in job.assignment.by_layout(group).items():
             for name in names:
                 check_finite(name, block.weights[name])
             weights = [block.weights[n] for n in names]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole, extra = job.quantizer.quantize(stacked, own, [(fmt, stacked.shape[1])], seed=job.seed)
+            whole, extra = job.quantizer.quantize(stacked, own, layout, seed=job.seed)
             for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
                 made[name] = tensor
                 facts.append(tensor_fact(name, weight, tensor, own, extra))
@@ -301,17 +302,18 @@ def _write_rest(job: _Job, collector: Collector) -> None:
     tensors: dict[str, QuantizedTensor] = {}
     facts = []
     with job.clock.calibrating():
-        needs = job.quantizer.needs_stats and any(job.assignment.is_multiplied(t) for t, _ in job.assignment.outside())
-        head = collector.observe_head() if needs or collector.keeps else None
-    for target, fmt in job.assignment.outside():
+        needs = [layout.permuted or (job.quantizer.needs_stats and job.assignment.is_multiplied(t))
+                 for t, layout in job.assignment.outside()]
+        head = collector.observe_head() if any(needs) or collector.keeps else None
+    for target, layout in job.assignment.outside():
         weight = job.streamed.weight(target)
         check_finite(target.name, weight)
         weight = weight.float()
         multiplied = job.assignment.is_multiplied(target)
         how: Quantizer = job.quantizer if multiplied else RTN("search")  # what is looked up has no input statistics
-        own = head if multiplied and how.needs_stats else None
+        own = head if multiplied and (how.needs_stats or layout.permuted) else None
         with job.clock.quantizing():
-            tensors[target.name], extra = how.quantize(weight, own, [(fmt, weight.shape[1])], seed=job.seed)
+            tensors[target.name], extra = how.quantize(weight, own, layout, seed=job.seed)
         facts.append(tensor_fact(target.name, weight, tensors[target.name], own, extra, linear=False))
     dense, dense_facts = job.assignment.dense(job.streamed, None)
     job.writer.write(0, job.assignment.pack(tensors) | dense, facts + dense_facts)

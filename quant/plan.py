@@ -1,4 +1,4 @@
-"""Which format each tensor gets, and what is stored for the tensors that get none."""
+"""Which layout each tensor gets, and what is stored for the tensors that get none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from fewbits.quant.errors import RecipeError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.recipe import Recipe
 from fewbits.quant.targets import Target
-from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, proxy_loss, stored_bytes
+from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Stored, proxy_loss
 
 if TYPE_CHECKING:
     from fewbits.calibration.stream import Block, StreamedModel
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assignment:
-    """Formats by target name; a target that is not in ``formats`` stays dense.
+    """Layouts by target name; a target that is not in ``layouts`` stays dense.
 
     Attributes:
         outside_names: targets outside the decoder blocks.
         shared: tables whose codes a tied head reads.
     """
 
-    formats: dict[str, Format]
+    layouts: dict[str, Layout]
     targets: dict[str, Target]
     outside_names: tuple[str, ...]
     shared: frozenset[str] = frozenset()
@@ -44,17 +44,17 @@ class Assignment:
         """Whether a product with hidden states reads these codes, be it through a head that is tied to them."""
         return target.kind != "embedding" or target.name in self.shared
 
-    def by_format(self, group: Iterable[str]) -> dict[Format, list[str]]:
-        """Those of a group that are quantized, by format: rows of one format and one input can be swept as one."""
-        out: dict[Format, list[str]] = {}
+    def by_layout(self, group: Iterable[str]) -> dict[Layout, list[str]]:
+        """Those of a group that are quantized, by layout: rows of one layout and one input can be swept as one."""
+        out: dict[Layout, list[str]] = {}
         for name in group:
-            if name in self.formats:
-                out.setdefault(self.formats[name], []).append(name)
+            if name in self.layouts:
+                out.setdefault(self.layouts[name], []).append(name)
         return out
 
-    def outside(self) -> list[tuple[Target, Format]]:
+    def outside(self) -> list[tuple[Target, Layout]]:
         """Quantized targets outside the decoder blocks: head and embeddings, where the recipe says so."""
-        return [(self.targets[n], self.formats[n]) for n in self.outside_names if n in self.formats]
+        return [(self.targets[n], self.layouts[n]) for n in self.outside_names if n in self.layouts]
 
     def pack(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
         """Tensors to store, under their full names."""
@@ -64,10 +64,10 @@ class Assignment:
         """The quantized tensors of a block from its shard."""
         out = {}
         for target in block.targets:
-            if (fmt := self.formats.get(target.name)) is not None:
+            if (layout := self.layouts.get(target.name)) is not None:
                 prefix = target.name + "."
                 local = {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}
-                out[target.name] = QuantizedTensor.unpack(local, [(fmt, target.shape[1])])
+                out[target.name] = QuantizedTensor.unpack(local, layout)
         return out
 
     def dense(self, streamed: StreamedModel, block: Block | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -81,7 +81,7 @@ class Assignment:
         """Parameters of a block that codes stand for."""
         return {
             f"{t.module_path}.{t.param_name}" for n, t in self.targets.items()
-            if n in self.formats and streamed.block_index(n) == index
+            if n in self.layouts and streamed.block_index(n) == index
         }
 
     def _dense_fact(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, index: int | None) -> dict[str, Any]:
@@ -97,14 +97,14 @@ class Assignment:
     def _matrices(self) -> dict[str, Target]:
         return {f"{t.module_path}.{t.param_name}": t for t in self.targets.values()}
 
-    def shards(self, streamed: StreamedModel) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    def shards(self, streamed: StreamedModel) -> list[Stored]:
         """Shape and dtype of every tensor of every shard: what lies outside the blocks first, then block by block."""
         out = []
         for index in [None, *range(len(streamed.block_modules))]:
             entries = {n: (s, d) for n, s, d in streamed.dense_infos(index, self._replaced(streamed, index))}
-            for name, fmt in self.formats.items():
+            for name, layout in self.layouts.items():
                 if streamed.block_index(name) == index:
-                    stored = fmt.storage(*self.targets[name].shape) | {"weight_shape": ((2,), torch.int64)}
+                    stored = layout.storage(self.targets[name].shape[0])
                     entries |= {f"{name}.{local}": info for local, info in stored.items()}
             out.append(entries)
         return out
@@ -113,23 +113,23 @@ class Assignment:
         """What the plan records of every tensor, before any is made: all but the losses."""
         out = []
         for index in [None, *range(len(streamed.block_modules))]:
-            for name, fmt in self.formats.items():
+            for name, layout in self.layouts.items():
                 if streamed.block_index(name) == index:
-                    out.append(format_fact(name, self.targets[name].shape, [(fmt, self.targets[name].shape[1])],
-                                           linear=index is not None))
+                    out.append(format_fact(name, self.targets[name].shape, layout, linear=index is not None))
             infos = streamed.dense_infos(index, self._replaced(streamed, index))
             out += [self._dense_fact(name, shape, dtype, index) for name, shape, dtype in infos]
         return out
 
 
 def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
-    """The recipe's format for every target of a model.
+    """The recipe's layout for every target of a model.
 
     Raises:
-        FormatError: a format does not fit a tensor.
+        FormatError: a layout does not fit a tensor, or sorts the columns of an embedding.
         RecipeError: nothing is left to quantize, or experts of one layer are partly kept.
     """
-    targets, formats, ends = streamed.targets, {}, ends_of(streamed)
+    layouts: dict[str, Layout] = {}
+    targets, ends = streamed.targets, ends_of(streamed)
     for name, target in targets.items():
         inside = streamed.block_index(name) is not None
         if not inside and name not in ends:
@@ -137,15 +137,15 @@ def assign(recipe: Recipe, streamed: StreamedModel) -> Assignment:
         if inside and target.kind == "embedding":
             continue
         is_head = name in ends and target.kind != "embedding"
-        fmt = recipe.format_for(name, target.shape[1], kind=target.kind, is_head=is_head)
-        if fmt is not None:
-            formats[name] = fmt
-    if not formats:
+        layout = recipe.layout_for(name, target.shape[1], kind=target.kind, is_head=is_head)
+        if layout is not None:
+            layouts[name] = layout
+    if not layouts:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(targets)} tensors; keep fewer")
-    shared = _share_tied(formats, streamed)
-    _require_whole_experts(formats, targets)
+    shared = _share_tied(layouts, streamed)
+    _require_whole_experts(layouts, targets)
     outside = tuple(n for n in targets if streamed.block_index(n) is None)
-    return Assignment(formats, targets, outside, shared)
+    return Assignment(layouts, targets, outside, shared)
 
 
 def ends_of(streamed: StreamedModel) -> list[str]:
@@ -155,16 +155,16 @@ def ends_of(streamed: StreamedModel) -> list[str]:
             if streamed.block_index(n) is None and streamed.model.get_submodule(t.module_path) in modules]
 
 
-def _share_tied(formats: dict[str, Format], streamed: StreamedModel) -> frozenset[str]:
-    """Tables that are stored once for themselves and a tied head: it reads their codes, unless it has its own format.
+def _share_tied(layouts: dict[str, Layout], streamed: StreamedModel) -> frozenset[str]:
+    """Tables that are stored once for themselves and a tied head: it reads their codes, unless it has its own layout.
 
     Raises:
         RecipeError: the head is of a kind that cannot.
     """
     shared = set()
     for name, twin in ((n.rpartition(".")[0], t.rpartition(".")[0]) for n, t in streamed.tied.items()):
-        if twin in formats and formats.get(name, formats[twin]) == formats[twin]:
-            formats.pop(name, None)
+        if twin in layouts and layouts.get(name, layouts[twin]) == layouts[twin]:
+            layouts.pop(name, None)
             shared.add(twin)
             if type(head := streamed.model.get_submodule(name)) is not nn.Linear:
                 raise RecipeError(f"embeddings: {twin} is tied to {name}, a {type(head).__name__} that cannot read "
@@ -172,15 +172,15 @@ def _share_tied(formats: dict[str, Format], streamed: StreamedModel) -> frozense
     return frozenset(shared)
 
 
-def _require_whole_experts(formats: Mapping[str, Format], targets: Mapping[str, Target]) -> None:
+def _require_whole_experts(quantized: Collection[str], targets: Mapping[str, Target]) -> None:
     for name, target in targets.items():
-        if target.kind == "expert" and (name in formats) != (f"{name.rpartition('.')[0]}.0" in formats):
+        if target.kind == "expert" and (name in quantized) != (f"{name.rpartition('.')[0]}.0" in quantized):
             raise RecipeError(f"keep: {name}: the experts of a layer are stored as one; keep all of them or none")
 
 
 def format_fact(name: str, shape: tuple[int, int], layout: Layout, *, linear: bool) -> dict[str, Any]:
     """Name, format and stored bytes of a tensor that is or will be quantized."""
-    nbytes = stored_bytes(layout, shape)
+    nbytes = layout.stored_bytes(shape[0])
     return {
         "name": name, "shape": list(shape), "format": layout_name(layout),
         "bits_per_weight": 8 * nbytes / math.prod(shape), "bytes": nbytes, "linear": linear,
@@ -205,10 +205,10 @@ def tensor_fact(
 
 def quantization_config(facts: Iterable[Mapping[str, Any]], assignment: Assignment) -> dict[str, Any]:
     """``quantization_config`` of config.json: a default format, exceptions by exact name, and what is kept."""
-    formats = {f["name"]: f["format"] for f in facts if f["name"] in assignment.formats}
+    formats = {f["name"]: f["format"] for f in facts if f["name"] in assignment.layouts}
     linears = {n: f for n, f in formats.items() if assignment.targets[n].kind != "embedding"}
     default = Counter(linears.values()).most_common(1)[0][0] if linears else next(iter(formats.values()))
-    keep = [n for n, t in assignment.targets.items() if n not in assignment.formats and t.kind != "embedding"]
+    keep = [n for n, t in assignment.targets.items() if n not in assignment.layouts and t.kind != "embedding"]
     exceptions = {
         n: f for n, f in formats.items() if f != default or assignment.targets[n].kind == "embedding"
     }

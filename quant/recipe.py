@@ -22,10 +22,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fewbits.quant.errors import FormatError, RecipeError, nearest
-from fewbits.quant.formats import parse_format
+from fewbits.quant.formats import is_permuted, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.quantizers import QUANTIZERS
-from fewbits.quant.types import Format, Quantizer
+from fewbits.quant.types import Layout, Quantizer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,7 +113,12 @@ class Allocate(_Table):
 
     damage: str = Field("measured", description="the model of what a format does to a tensor")
     formats: list[str] = Field([], description="the menu, e.g. int2_g64, or int2 for the group size auto")
-    unit: Literal["tensor", "block"] = Field("tensor", description="what gets one format of its own")
+    unit: Literal["tensor", "block", "columns"] = Field(
+        "tensor", description="what gets one format of its own; columns: groups of a tensor's columns, sorted"
+    )
+    column_group: int = Field(
+        64, ge=32, multiple_of=32, description="columns of such a group; 32 of them fill whole words at any width"
+    )
     target: Literal["fewbits", "vllm", "sglang", "transformers", "llama.cpp"] = "fewbits"
     rivals: list[str] = Field([], description="damage models (or uniform) whose plans compete by measured KL")
     refine: Literal["none", "evopress"] = "none"
@@ -126,7 +131,7 @@ class Recipe(_Table):
     """A recipe: quantizer, format, calibration, budget, and which tensors are left alone.
 
     Attributes:
-        plan: formats by exact name, as an allocation made them; what is not named stays dense. Wins over all else.
+        plan: layouts by exact name, as an allocation made them; what is not named stays dense. Wins over all else.
         keep: glob patterns of linears that stay dense, e.g. ``*.down_proj``.
         rules: formats for tensors by name, first match wins; may also name ``lm_head`` or an embedding.
         lm_head, embeddings: quantize them too, with the recipe's format (off by default).
@@ -164,14 +169,14 @@ class Recipe(_Table):
             raise _readable(error, "quantizer.") from error
         return made
 
-    def format_for(self, name: str, columns: int, *, kind: str, is_head: bool) -> Format | None:
-        """The format of a tensor, or None where it stays dense.
+    def layout_for(self, name: str, columns: int, *, kind: str, is_head: bool) -> Layout | None:
+        """The layout of a tensor, or None where it stays dense.
 
         Raises:
-            FormatError: the format does not fit K = ``columns``.
+            FormatError: it does not fit K = ``columns``, or sorts the columns of an embedding.
         """
         if self.plan:
-            return parse_format(self.plan[name]) if name in self.plan else None
+            return self._planned(name, columns, kind) if name in self.plan else None
         fmt = None
         if (rule := self.rule_for(name)) is not None:
             if rule == "keep":
@@ -181,16 +186,33 @@ class Recipe(_Table):
             return None
         try:
             if fmt is None:
-                return self.format.for_columns(columns)
+                return Layout.of(self.format.for_columns(columns), columns)
             fmt.groups(columns)
-            return fmt
+            return Layout.of(fmt, columns)
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
+
+    def _planned(self, name: str, columns: int, kind: str) -> Layout:
+        try:
+            layout = parse_layout(self.plan[name], columns)
+            for fmt, n in layout.runs:
+                fmt.groups(n)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        if layout.permuted and kind == "embedding":
+            raise FormatError(f"{name}: got {self.plan[name]!r}, an embedding has no input to sort its columns by; "
+                              "give it a layout without perm:")
+        return layout
 
     @property
     def needs_plan(self) -> bool:
         """Whether a budget is to be spent that has not been yet."""
         return bool(self.budget.given) and not self.plan
+
+    @property
+    def sorts_columns(self) -> bool:
+        """Whether columns are sorted, or will be: that takes statistics of their inputs, whatever the quantizer is."""
+        return (self.needs_plan and self.allocate.unit == "columns") or any(map(is_permuted, self.plan.values()))
 
     def rule_for(self, name: str) -> str | None:
         """The format (or ``keep``) of the first rule that matches a tensor's name, or None."""

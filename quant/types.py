@@ -77,14 +77,95 @@ class Format(Protocol):
         ...
 
 
-Layout = Sequence[tuple[Format, int]]
-"""Runs of columns, left to right: ``[(format, columns), ...]``. Most tensors have one run."""
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Local tensor name -> shape and dtype of what is stored."""
 
 
-def stored_bytes(layout: Layout, shape: tuple[int, int]) -> int:
-    """Bytes on disk of a weight ``(N, K)``: codes, scales, zero points, shape record."""
-    stored = [info for fmt, columns in layout for info in fmt.storage(shape[0], columns).values()]
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in [*stored, ((2,), torch.int64)])
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is stored: formats over runs of its columns. Most weights have one run.
+
+    Attributes:
+        runs: ``((format, columns), ...)``, left to right.
+        permuted: the columns are sorted before the runs are laid over them, and the permutation is stored too. Which
+            permutation follows from the statistics, when the weight is quantized: :meth:`LayerStats.column_order`.
+    """
+
+    runs: tuple[tuple[Format, int], ...]
+    permuted: bool = False
+
+    @staticmethod
+    def of(fmt: Format, columns: int) -> Layout:
+        """One format over all columns, in their own order."""
+        return Layout(((fmt, columns),))
+
+    @staticmethod
+    def join(parts: Sequence[Layout]) -> Layout:
+        """Parts side by side; neighbours of one format become one run."""
+        runs: list[tuple[Format, int]] = []
+        for fmt, columns in (run for part in parts for run in part.runs):
+            if runs and runs[-1][0] == fmt and fmt.group_size is not None:
+                runs[-1] = (fmt, runs[-1][1] + columns)
+            else:
+                runs.append((fmt, columns))
+        return Layout(tuple(runs), any(p.permuted for p in parts))
+
+    def cut(self, start: int, stop: int) -> Layout:
+        """What is stored of columns ``start`` to ``stop``."""
+        runs, at = [], 0
+        for fmt, columns in self.runs:
+            if (n := min(at + columns, stop) - max(at, start)) > 0:
+                runs.append((fmt, n))
+            at += columns
+        return Layout(tuple(runs), self.permuted)
+
+    @property
+    def columns(self) -> int:
+        return sum(n for _, n in self.runs)
+
+    def codes_storage(self, rows: int) -> Stored:
+        """Codes and parameters of ``rows`` rows. Names of a second run end in ``_1``, of a third in ``_2``."""
+        out: Stored = {}
+        for i, (fmt, columns) in enumerate(self.runs):
+            out |= {_suffixed(k, i): v for k, v in fmt.storage(rows, columns).items()}
+        return out
+
+    def storage(self, rows: int) -> Stored:
+        """Every tensor that is stored of ``rows`` rows, without making any."""
+        order: Stored = {"weight_perm": ((self.columns,), permutation_dtype(self.columns))} if self.permuted else {}
+        return self.codes_storage(rows) | order | {"weight_shape": ((2,), torch.int64)}
+
+    def stored_bytes(self, rows: int) -> int:
+        """Bytes on disk of ``rows`` rows: codes, scales, zero points, permutation, shape record."""
+        return nbytes(self.storage(rows))
+
+
+def nbytes(stored: Stored) -> int:
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in stored.values())
+
+
+def permutation_dtype(columns: int) -> torch.dtype:
+    """The dtype that a permutation of so many columns is stored in."""
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def check_permutation(order: Tensor | None, columns: int) -> Tensor:
+    """What was stored as ``weight_perm``; raises FormatError when it does not put ``columns`` columns in some order."""
+    again = "the checkpoint is damaged, download or quantize it again"
+    if order is None:
+        raise FormatError("weight_perm: missing, the layout says perm; the checkpoint is incomplete, quantize again")
+    if tuple(order.shape) != (columns,) or order.dtype != permutation_dtype(columns):
+        raise FormatError(f"weight_perm: got {tuple(order.shape)} {order.dtype}, "
+                          f"needed ({columns},) {permutation_dtype(columns)}; {again}")
+    if not torch.equal(order.long().sort().values, torch.arange(columns, device=order.device)):
+        raise FormatError(f"weight_perm: got values from {int(order.min())} to {int(order.max())}, "
+                          f"needed each of 0 to {columns - 1} once; {again}")
+    return order
+
+
+def natural_columns(stored: Tensor, order: Tensor) -> Tensor:
+    """Columns back where they belong: column ``k`` of ``stored (N, K)`` is column ``order[k]``."""
+    return torch.empty_like(stored).index_copy_(1, order.long(), stored)
 
 
 @dataclass(frozen=True)
@@ -114,27 +195,36 @@ class Segment:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized weight matrix ``(N, K)``: segments side by side, left to right."""
+    """A quantized weight matrix ``(N, K)``: segments side by side, left to right.
+
+    Attributes:
+        permutation: ``(K,)``: column ``k`` of the segments is column ``permutation[k]`` of the weight. None: they are
+            in their own order.
+    """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
+    permutation: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert sum(s.columns for s in self.segments) == self.shape[1], "segments do not cover the columns"
 
     @property
-    def layout(self) -> list[tuple[Format, int]]:
-        return [(s.format, s.columns) for s in self.segments]
+    def layout(self) -> Layout:
+        return Layout(tuple((s.format, s.columns) for s in self.segments), self.permutation is not None)
 
     def dequantize(self) -> Tensor:
-        """float32 ``(N, K)``: exactly what the stored codes mean."""
-        return torch.cat([s.dequantize() for s in self.segments], dim=1)
+        """float32 ``(N, K)``, columns in their own order: exactly what the stored codes mean."""
+        stored = torch.cat([s.dequantize() for s in self.segments], dim=1)
+        return stored if self.permutation is None else natural_columns(stored, self.permutation)
 
     def pack(self) -> dict[str, Tensor]:
-        """Local tensor names -> tensors to store. Names of a second segment end in ``_1``, of a third in ``_2``."""
+        """Local tensor names -> tensors to store, as :meth:`Layout.storage` announces them."""
         out: dict[str, Tensor] = {}
         for i, segment in enumerate(self.segments):
             out |= {_suffixed(k, i): v for k, v in segment.format.pack(segment.codes, segment.params).items()}
+        if self.permutation is not None:  # a copy: blocks of rows share one permutation, and each stores its own
+            out["weight_perm"] = self.permutation.to(permutation_dtype(self.shape[1]), copy=True)
         return out | {"weight_shape": torch.tensor(self.shape, dtype=torch.int64)}
 
     @staticmethod
@@ -145,19 +235,20 @@ class QuantizedTensor:
         if (shape := tensors["weight_shape"]).shape != (2,) or shape.is_floating_point() or int(shape.min()) < 0:
             raise FormatError(f"weight_shape: got {shape.tolist()}, needed two sizes (N, K)")
         rows, columns = (int(n) for n in shape)
-        if sum(n for _, n in layout) != columns:
-            raise FormatError(f"weight_shape: got {columns} columns, the layout needs {sum(n for _, n in layout)}")
+        if layout.columns != columns:
+            raise FormatError(f"weight_shape: got {columns} columns, the layout needs {layout.columns}")
         segments = []
-        for i, (fmt, n) in enumerate(layout):
+        for i, (fmt, n) in enumerate(layout.runs):
             suffix = f"_{i}" if i else ""
             local = {k.removesuffix(suffix): v for k, v in tensors.items() if k.endswith(suffix)}
             segments.append(Segment(fmt, *fmt.unpack(local, rows, n)))
-        return QuantizedTensor((rows, columns), tuple(segments))
+        order = check_permutation(tensors.get("weight_perm"), columns) if layout.permuted else None
+        return QuantizedTensor((rows, columns), tuple(segments), order)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes on disk: codes, scales, zero points, shape record."""
-        return stored_bytes(self.layout, self.shape)
+        """Bytes on disk: codes, scales, zero points, permutation, shape record."""
+        return self.layout.stored_bytes(self.shape[0])
 
     @property
     def bits_per_weight(self) -> float:
@@ -166,14 +257,15 @@ class QuantizedTensor:
 
     @staticmethod
     def concat_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-        """Blocks of rows of one layout, one below the other: the inverse of :meth:`split_rows`."""
+        """Blocks of rows of one layout and permutation, one below the other: the inverse of :meth:`split_rows`."""
         if len(parts) == 1:
             return parts[0]
         segments = []
         for pieces in zip(*(p.segments for p in parts)):
             params = {k: torch.cat([s.params[k] for s in pieces]) for k in pieces[0].params}
             segments.append(Segment(pieces[0].format, torch.cat([s.codes for s in pieces]), params))
-        return QuantizedTensor((sum(p.shape[0] for p in parts), parts[0].shape[1]), tuple(segments))
+        shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
+        return QuantizedTensor(shape, tuple(segments), parts[0].permutation)
 
     def split_rows(self, sizes: Sequence[int]) -> list[QuantizedTensor]:
         """Cut into blocks of rows, e.g. the stacked q, k and v back into three."""
@@ -182,7 +274,7 @@ class QuantizedTensor:
             rows = slice(start, start + n)
             cut = tuple(Segment(s.format, s.codes[rows], {k: v[rows] for k, v in s.params.items()})
                         for s in self.segments)
-            parts.append(QuantizedTensor((n, self.shape[1]), cut))
+            parts.append(QuantizedTensor((n, self.shape[1]), cut, self.permutation))
             start += n
         return parts
 
@@ -219,6 +311,23 @@ class LayerStats:
         """``E[x x^T]`` per token, ``(K, K)`` (no factor 2)."""
         return self.xtx / max(self.n_tokens, 1)
 
+    def column_order(self) -> Tensor:
+        """Columns by falling mean square of the input, equal ones as they come: how a permuted layout has them."""
+        return torch.argsort(self.xtx.diagonal(), descending=True, stable=True)
+
+    def permuted(self, order: Tensor) -> LayerStats:
+        """Those of the input with its columns in ``order``."""
+        cross = None if self.cross is None else permuted(self.cross, order)
+        return LayerStats(permuted(self.xtx, order), self.n_tokens, cross)
+
+
+def permuted(matrix: Tensor, order: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``matrix[order][:, order]`` without a second copy of its size."""
+    out = torch.empty(matrix.shape, dtype=dtype or matrix.dtype, device=matrix.device)
+    for start in range(0, len(order), 256):
+        out[start : start + 256] = matrix[order[start : start + 256]][:, order]
+    return out
+
 
 def proxy_loss(weight: Tensor, quantized: Tensor | QuantizedTensor, stats: LayerStats) -> tuple[float, float]:
     """``tr(E H E^T)`` with ``E = W - Q`` and the undamped Hessian, and its ratio to ``tr(W H W^T)``.
@@ -250,5 +359,8 @@ class Quantizer(Protocol):
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
-        """Quantize ``weight (N, K)``, of any float dtype. Also returns facts worth recording, e.g. the damping."""
+        """Quantize ``weight (N, K)``, of any float dtype. Also returns facts worth recording, e.g. the damping.
+
+        A permuted layout is left to :func:`fewbits.quant.quantizers.fit.with_sorted_columns`.
+        """
         ...

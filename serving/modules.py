@@ -17,7 +17,7 @@ from fewbits.kernels.linear import PackedMatrix, QuantEmbedding, QuantExperts, Q
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.formats import parse_layout
 from fewbits.quant.targets import Target, find_targets
-from fewbits.quant.types import Layout
+from fewbits.quant.types import Layout, check_permutation
 
 Headers = dict[str, tuple[tuple[int, ...], str, str]]
 """Tensor name -> shape, dtype as safetensors writes it, and the file that holds it."""
@@ -66,10 +66,9 @@ def _layout(target: Target, name: str) -> Layout:
     rows, columns = target.shape
     try:
         layout = parse_layout(name, columns)
-        if any(n <= 0 for _, n in layout):
-            raise FormatError(f"layout: got {name!r}, needed runs of at least one column")
-        for fmt, n in layout:
-            fmt.storage(rows, n)
+        layout.storage(rows)
+        if layout.permuted and target.kind == "embedding":
+            raise FormatError(f"layout: got {name!r}, the columns of an embedding are never sorted; {_AGAIN}")
     except FormatError as e:
         raise CheckpointError(f"{target.name}: {e}") from e
     return layout
@@ -266,7 +265,8 @@ def read_headers(files: Sequence[str]) -> Headers:
 
 
 def verify(model: PreTrainedModel, headers: Headers) -> None:
-    """Every tensor that the model needs is stored with the right shape and dtype, and every ``weight_shape`` is right.
+    """Every tensor that the model needs is stored with the right shape and dtype, and every ``weight_shape`` and
+    ``weight_perm`` is right.
 
     transformers only warns about a missing tensor and draws it at random, so this runs before it loads anything.
 
@@ -314,18 +314,27 @@ def _verify_nothing_beside(model: nn.Module, stored: Mapping[str, str], needed: 
 
 
 def _verify_shapes(model: nn.Module, headers: Headers, stored: Mapping[str, str]) -> None:
-    """The stored ``weight_shape`` is the shape of the module."""
+    """The stored ``weight_shape`` is the shape of the module, and a ``weight_perm`` is a permutation."""
     by_file: dict[str, list[tuple[str, PackedMatrix]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, PackedMatrix):
-            name = _join(path, "weight_shape")
-            by_file.setdefault(headers[stored[name]][2], []).append((name, module))
+            for leaf in ("weight_shape", "weight_perm")[: 1 + module.layout.permuted]:
+                name = _join(path, leaf)
+                by_file.setdefault(headers[stored[name]][2], []).append((name, module))
     for file, members in by_file.items():
         with safe_open(file, framework="pt") as f:
             for name, module in members:
-                got = tuple(f.get_tensor(stored[name]).tolist())
-                if got != (module.rows, module.columns):
-                    raise CheckpointError(f"{name}: got {got}, needed {(module.rows, module.columns)}; {_AGAIN}")
+                _verify_values(name, f.get_tensor(stored[name]), module)
+
+
+def _verify_values(name: str, tensor: torch.Tensor, module: PackedMatrix) -> None:
+    if name.endswith("weight_perm"):
+        try:
+            check_permutation(tensor, module.columns)
+        except FormatError as e:
+            raise CheckpointError(f"{name}: {e}") from e
+    elif (got := tuple(tensor.tolist())) != (module.rows, module.columns):
+        raise CheckpointError(f"{name}: got {got}, needed {(module.rows, module.columns)}; {_AGAIN}")
 
 
 def same_folder(files: Sequence[str]) -> bool:

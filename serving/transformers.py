@@ -103,7 +103,7 @@ class FewbitsConfig(QuantizationConfigMixin):
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 4096  # a length nobody needs, to bound what is parsed
+    return isinstance(value, str) and 0 < len(value) <= 1 << 16  # thousands of runs, to bound what is parsed
 
 
 def _demand(ok: bool, key: str, got: object, needed: str) -> None:

@@ -17,7 +17,7 @@ from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError
 from fewbits.quant.plan import Assignment, totals
 from fewbits.quant.recipe import Budget
-from fewbits.quant.types import Format, stored_bytes
+from fewbits.quant.types import Layout
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -92,7 +92,7 @@ class Measure:
         blocks, everything = totals(smallest.facts(self._streamed))
         flag = "--" + self.kind.replace("_", "-")
         way_out = "offer smaller --formats"
-        if not any(self._streamed.targets[n].kind == "embedding" for n in smallest.formats):
+        if not any(self._streamed.targets[n].kind == "embedding" for n in smallest.layouts):
             way_out += ", or --set embeddings=true"
         if self.kind == "bpw":
             raise BudgetError(f"{flag}: got {self.budget.bpw:g}, the smallest that is reachable is {_up(blocks)}; "
@@ -153,10 +153,10 @@ def _tensors(value: Any, seen: set[int] | None = None) -> list[torch.Tensor]:
     return [t for v in vars(value).values() for t in _tensors(v, seen)] if hasattr(value, "__dict__") else []
 
 
-def smallest(menu: Mapping[str, Mapping[str, Format]], base: Assignment) -> Assignment:
+def smallest(menu: Mapping[str, Mapping[str, Layout]], base: Assignment) -> Assignment:
     """Every tensor at the cheapest entry of its menu."""
     cheapest = {}
     for name, entries in menu.items():
-        shape = base.targets[name].shape
-        cheapest[name] = min(entries.values(), key=lambda f, s=shape: stored_bytes([(f, s[1])], s))  # type: ignore[misc]
-    return replace(base, formats={**base.formats, **cheapest})
+        rows = base.targets[name].shape[0]
+        cheapest[name] = min(entries.values(), key=lambda layout, n=rows: layout.stored_bytes(n))  # type: ignore[misc]
+    return replace(base, layouts={**base.layouts, **cheapest})

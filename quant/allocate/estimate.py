@@ -60,7 +60,8 @@ def _trial(
 ) -> tuple[float, float]:
     """Seconds that a block takes to be observed on these rows, and to be quantized."""
     quantizer = recipe.make_quantizer()
-    collector = Collector(streamed, recipe, assignment.formats, text if quantizer.needs_stats else None)
+    needs_stats = quantizer.needs_stats or recipe.sorts_columns
+    collector = Collector(streamed, recipe, assignment.layouts, text if needs_stats else None)
     calibrating = quantizing = 0.0
     with contextlib.closing(collector), contextlib.closing(streamed.blocks()) as blocks:
         block = next(blocks)
@@ -68,10 +69,10 @@ def _trial(
             start = time.monotonic()
             stats = collector.observe(block, step)
             observed = time.monotonic()
-            for name in (n for group in step for n in group if n in assignment.formats):
-                own = stats.get(next((g[0] for g in step if name in g), name))
+            for name in (n for group in step for n in group if n in assignment.layouts):
+                own = stats.get(next(g[0] for g in step if name in g))
                 weight = block.weights[name]
-                made, _ = quantizer.quantize(weight, own, [(assignment.formats[name], weight.shape[1])])
+                made, _ = quantizer.quantize(weight, own, assignment.layouts[name])
                 collector.install(block, {name: made})
             calibrating += observed - start
             quantizing += time.monotonic() - observed

@@ -1,19 +1,19 @@
-"""Which formats each tensor may get, and which tensors must get the same one: what the engine reads decides."""
+"""Which layouts each tensor may get, and which tensors must get the same one: what the engine reads decides."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
-from fewbits.quant.formats import parse_format
+from fewbits.quant.formats import layout_name, parse_format
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.plan import ends_of
-from fewbits.quant.recipe import MAX_AUTO_GROUP, Recipe
-from fewbits.quant.targets import Target
-from fewbits.quant.types import Format, stored_bytes
+from fewbits.quant.recipe import MAX_AUTO_GROUP, Allocate, Recipe
+from fewbits.quant.types import Format, Layout, nbytes
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Engine:
         bits, groups: legal ones (None: any); ``groups`` has None for one group per row.
         symmetric: whether only symmetric formats are read.
         outside: whether it reads a quantized embedding and head.
+        runs: whether a tensor may have several formats, over columns that may be sorted.
     """
 
     menu: tuple[str, ...]
@@ -34,8 +35,14 @@ class Engine:
     groups: tuple[int | None, ...] | None = None
     symmetric: bool = False
     outside: bool = False
+    runs: bool = False
 
-    def reads(self, fmt: IntFormat, columns: int) -> bool:
+    def reads(self, layout: Layout) -> bool:
+        if not self.runs and (layout.permuted or len(layout.runs) > 1):
+            return False
+        return all(self._reads(fmt, columns) for fmt, columns in layout.runs if isinstance(fmt, IntFormat))
+
+    def _reads(self, fmt: IntFormat, columns: int) -> bool:
         group = None if fmt.group_size == columns else fmt.group_size
         return (
             (self.bits is None or fmt.code_bits in self.bits) and (fmt.symmetric or not self.symmetric)
@@ -44,7 +51,7 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True),
+    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True, runs=True),
     "transformers": Engine(("int2", "int4", "int8"), bits=(2, 4, 8)),
     "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), True),
     "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), True),
@@ -53,25 +60,31 @@ ENGINES: dict[str, Engine] = {
 """Engine -> what it reads once the checkpoint is exported to it; the names of ``--target``."""
 
 
-Menu = Mapping[str, Mapping[str, Format]]
-"""Tensor name -> entry of the menu as the user wrote it -> what it means for this tensor's K."""
+Menu = Mapping[str, Mapping[str, Layout]]
+"""Tensor name -> entry of the menu as the user wrote it -> the whole of this tensor stored so."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that get one entry of the menu together.
+    """Tensors, or one group of their columns, that get one entry of the menu together.
 
     Attributes:
-        costs: stored bytes of all of them, per entry.
+        costs: bytes of the codes and parameters of all of them, per entry.
+        columns: first column of the group, and the one after its last; None: all columns.
     """
 
     names: tuple[str, ...]
     entries: tuple[str, ...]
     costs: tuple[int, ...]
+    columns: tuple[int, int] | None = None
+
+    def part(self, layout: Layout) -> Layout:
+        """What of a tensor's layout belongs to this unit. At one width throughout there is no reason to sort."""
+        return dataclasses.replace(layout, permuted=False) if self.columns is None else layout.cut(*self.columns)
 
 
-def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, Format]]:
-    """Formats for each linear that the recipe quantizes; one that a rule gives a format has no other.
+def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, Layout]]:
+    """Layouts for each linear that the recipe quantizes; one that a rule gives a format has no other.
 
     Under a budget of everything stored, embedding and head have a choice too, where the damage model can judge them.
 
@@ -79,23 +92,22 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, F
         RecipeError: the engine does not read a format that was asked for, or nothing is left to choose from.
         FormatError: no format of the menu fits a tensor.
     """
-    engine = ENGINES[recipe.allocate.target]
-    wanted = recipe.allocate.formats or list(engine.menu)
-    out: dict[str, dict[str, Format]] = {}
+    wanted = recipe.allocate.formats or list(ENGINES[recipe.allocate.target].menu)
+    out: dict[str, dict[str, Layout]] = {}
     for name, target in streamed.targets.items():
         if streamed.block_index(name) is None or target.kind == "embedding":
             continue
         columns = target.shape[1]
         if (rule := recipe.rule_for(name)) is not None:
-            own = [] if rule == "keep" else [rule]
+            own, cut = [] if rule == "keep" else [rule], None
         else:
-            own = [] if recipe.keeps(name) else wanted
+            own, cut = [] if recipe.keeps(name) else wanted, _column_group(recipe.allocate, columns)
         if own:
-            out[name] = _formats(own, name, columns, engine, recipe.allocate.target)
+            out[name] = _entries(own, name, columns, cut, recipe.allocate)
     if not out:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(streamed.targets)} tensors; keep fewer")
-    for name in _outside(recipe, streamed) if engine.outside else []:
-        out[name] = _formats(wanted, name, streamed.targets[name].shape[1], engine, recipe.allocate.target)
+    for name in _outside(recipe, streamed) if ENGINES[recipe.allocate.target].outside else []:
+        out[name] = _entries(wanted, name, streamed.targets[name].shape[1], None, recipe.allocate)
     return out
 
 
@@ -110,39 +122,68 @@ def _outside(recipe: Recipe, streamed: StreamedModel) -> list[str]:
             and not any(tied[h] == n for h in heads)]
 
 
-def _formats(
-    wanted: Sequence[str], name: str, columns: int, engine: Engine, engine_name: str
-) -> dict[str, Format]:
-    found: dict[str, Format] = {}
+def _column_group(want: Allocate, columns: int) -> int | None:
+    """Columns of a group that has a width of its own; None where there is nothing to tell apart."""
+    return want.column_group if want.unit == "columns" and columns > want.column_group else None
+
+
+def _entries(
+    wanted: Sequence[str], name: str, columns: int, group: int | None, want: Allocate
+) -> dict[str, Layout]:
+    engine = ENGINES[want.target]
+    found: dict[str, Layout] = {}
     reasons = []
     for entry in wanted:
-        fmt = named_format(entry, columns)
+        fmt = named_format(entry, group or min(columns & -columns, MAX_AUTO_GROUP))
         try:
-            fmt.groups(columns)
+            layout = _sorted_layout(fmt, columns, group) if group else _plain_layout(fmt, columns)
         except FormatError as error:
             reasons.append(str(error))
             continue
-        if isinstance(fmt, IntFormat) and not engine.reads(fmt, columns):
-            raise RecipeError(
-                f"--formats: {engine_name} does not read {fmt.name} ({name}); it reads {', '.join(engine.menu)}"
-            )
-        found[entry] = fmt
+        if not engine.reads(layout):
+            raise _unreadable("--formats", name, layout, want)
+        if want.damage == "baq" and min(fmt.code_bits for fmt, _ in layout.runs) < 2:
+            raise RecipeError(f"--formats: got {layout_name(layout)} ({name}), BAQ's closed form needs 2 bits or more "
+                              "(one step over the range is no better than none); leave it out")
+        found[entry] = layout
     if not found:
         raise FormatError(f"{name}: no format of {', '.join(wanted)} fits: {reasons[0]}, or add it to keep")
     return found
 
 
-def require_readable(formats: Mapping[str, Format], targets: Mapping[str, Target], engine_name: str) -> None:
-    """Raise RecipeError for a format that the engine does not read, naming the tensor."""
-    engine = ENGINES[engine_name]
-    for name, fmt in formats.items():
-        if isinstance(fmt, IntFormat) and not engine.reads(fmt, targets[name].shape[1]):
-            raise RecipeError(f"--target: {engine_name} does not read {fmt.name} ({name}); "
-                              f"it reads {', '.join(engine.menu)}")
+def _plain_layout(fmt: Format, columns: int) -> Layout:
+    fmt.groups(columns)
+    return Layout.of(fmt, columns)
 
 
-def named_format(entry: str, columns: int) -> Format:
-    """A format by name; ``int4`` and ``int4_sym`` take the largest power of two that divides K, up to 128.
+def _sorted_layout(fmt: Format, columns: int, group: int) -> Layout:
+    """Sorted columns at one width; parameters are shared within a group of columns, the last of which may be short."""
+    parts = []
+    for start in range(0, columns, group):
+        n = min(group, columns - start)
+        own = fmt
+        if isinstance(fmt, IntFormat) and (fmt.group_size is None or (n < group and n % fmt.group_size)):
+            own = dataclasses.replace(fmt, group_size=n)
+        own.groups(n)
+        parts.append(Layout(((own, n),), permuted=True))
+    return Layout.join(parts)
+
+
+def require_readable(layouts: Mapping[str, Layout], want: Allocate) -> None:
+    """Raise RecipeError for a layout that the engine does not read, naming the tensor."""
+    for name, layout in layouts.items():
+        if not ENGINES[want.target].reads(layout):
+            raise _unreadable("--target", name, layout, want)
+
+
+def _unreadable(flag: str, name: str, layout: Layout, want: Allocate) -> RecipeError:
+    menu = ", ".join(ENGINES[want.target].menu)
+    whole = ", for whole tensors; set allocate.unit = 'tensor'" if layout.permuted or len(layout.runs) > 1 else ""
+    return RecipeError(f"{flag}: {want.target} does not read {layout_name(layout)} ({name}); it reads {menu}{whole}")
+
+
+def named_format(entry: str, group: int) -> Format:
+    """A format by name; ``int4`` and ``int4_sym``, which name no group size, take ``group``.
 
     Raises:
         FormatError: no such format.
@@ -151,7 +192,7 @@ def named_format(entry: str, columns: int) -> Format:
         return parse_format(entry)
     except FormatError as error:
         try:
-            return parse_format(f"{entry}_g{min(columns & -columns, MAX_AUTO_GROUP)}")
+            return parse_format(f"{entry}_g{group}")
         except FormatError:
             raise error from None  # the message about what was asked for
 
@@ -183,7 +224,31 @@ def build_units(menu: Menu, streamed: StreamedModel, groups: Sequence[Sequence[s
         if not entries:
             raise FormatError(f"{names[0]}: must have the format of {', '.join(names[1:3])}, and they have none in "
                               "common; give one rule to all of them, or keep them")
-        shapes = {n: streamed.targets[n].shape for n in names}
-        costs = tuple(sum(stored_bytes([(menu[n][e], s[1])], s) for n, s in shapes.items()) for e in entries)
-        units.append(Unit(tuple(names), entries, costs))
+        rows = {n: streamed.targets[n].shape[0] for n in names}
+        for columns in _column_units(menu[names[0]][entries[0]], recipe.allocate.column_group):
+            unit = Unit(tuple(names), entries, (), columns)
+            costs = (sum(nbytes(unit.part(menu[n][e]).codes_storage(r)) for n, r in rows.items()) for e in entries)
+            units.append(dataclasses.replace(unit, costs=tuple(costs)))
     return units
+
+
+def _column_units(layout: Layout, group: int) -> list[tuple[int, int] | None]:
+    """Groups of columns that are units of their own; all columns as one where they are not sorted."""
+    if not layout.permuted:
+        return [None]
+    return [(start, min(start + group, layout.columns)) for start in range(0, layout.columns, group)]
+
+
+def without_idle_sorting(units: Sequence[Unit], choice: Sequence[int]) -> list[Unit]:
+    """Tensors whose groups of columns all chose the same are whole again: no permutation is stored for nothing."""
+    members: dict[tuple[str, ...], list[int]] = {}
+    for i, unit in enumerate(units):
+        members.setdefault(unit.names, []).append(i)
+    out: list[Unit] = []
+    for names, own in members.items():
+        if len(own) > 1 and len({choice[i] for i in own}) == 1:
+            costs = tuple(map(sum, zip(*(units[i].costs for i in own))))
+            out.append(Unit(names, units[own[0]].entries, costs))
+        else:
+            out += [units[i] for i in own]
+    return out

@@ -19,14 +19,16 @@ from fewbits.quant.allocate.budget import Footprint, Measure, smallest
 from fewbits.quant.allocate.estimate import RunEstimate, estimate_run
 from fewbits.quant.allocate.evopress import Schedule
 from fewbits.quant.allocate.knapsack import Solution, solve
-from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units
+from fewbits.quant.allocate.menu import ENGINES, Menu, Unit, build_menu, build_units, without_idle_sorting
 from fewbits.quant.allocate.predict import Prediction, in_nats, predict_kl, prior
 from fewbits.quant.allocate.refine import Levels, Trust, elect, measure_trust, require_trust, search, windows_around
 from fewbits.quant.checkpoint import file_sizes
 from fewbits.quant.errors import BudgetError, RecipeError, nearest
+from fewbits.quant.formats import layout_name
 from fewbits.quant.plan import Assignment, assign, totals
 from fewbits.quant.prepare import load_text
 from fewbits.quant.recipe import Budget, Recipe
+from fewbits.quant.types import Layout
 
 PLAN_VERSION = 1
 UNIFORM = "uniform"
@@ -35,7 +37,7 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class Plan:
-    """A format for every tensor, what it takes and what it is predicted to cost.
+    """A layout for every tensor, what it takes and what it is predicted to cost.
 
     Attributes:
         recipe: the recipe with its ``plan`` filled in: quantizing with it carries the plan out.
@@ -98,6 +100,10 @@ class Planner:
         for key, got in [("damage", want.damage), *(("rivals", r) for r in want.rivals)]:
             if got not in DAMAGE and (key, got) != ("rivals", UNIFORM):
                 raise RecipeError(f"allocate.{key}: got {got!r}, {nearest(got, list(DAMAGE))}")
+        for key, chosen in [("refine", want.refine != "none"), ("rivals", bool(want.rivals))]:
+            if want.unit == "columns" and chosen:
+                raise RecipeError(f"allocate.{key}: got {getattr(want, key)!r} with allocate.unit = 'columns', needed "
+                                  "whole tensors to compare; leave it out, or set the unit to 'tensor'")
         self.menu: Menu = build_menu(recipe, streamed)
         self._base = assign(recipe.model_copy(update={"plan": {}}), streamed)
         self._seconds: dict[str, float] = {}
@@ -105,6 +111,7 @@ class Planner:
         self.trust: Trust | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.units: list[Unit] = []
+        self.shares: dict[str, list[float]] = {}
         self.require_reachable(recipe.budget)
 
     def require_reachable(self, budget: Budget) -> None:
@@ -114,9 +121,9 @@ class Planner:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the damage model looks at more than weights."""
+        """Whether the damage model looks at more than weights, or columns are to be sorted by their inputs."""
         want = self.recipe.allocate
-        return bool(want.rivals) or want.damage not in WEIGHTS_ONLY
+        return bool(want.rivals) or want.damage not in WEIGHTS_ONLY or want.unit == "columns"
 
     def allocation(
         self, text: CalibrationSet | None, stored: StoredStats | None, points: Sequence[tuple[float, float]]
@@ -148,6 +155,7 @@ class Planner:
         ends = {n: own for n, own in self.menu.items() if n not in inside}
         self.job = job = Survey(self.streamed, self.recipe, inside, ends, text, stored, self.seed, self._progress)
         self.losses = measure(job, want.damage)
+        self.shares = job.shares() if want.unit == "columns" else {}
         groups = job.groups() if ENGINES[want.target].fused else []
         self.units = build_units(self.menu, self.streamed, groups, self.recipe)
         self._seconds["survey"] = time.monotonic() - start
@@ -165,7 +173,7 @@ class Planner:
         """Time and memory that quantizing with a plan will take on this machine."""
         job, recipe = self.job, plan.recipe
         text = job.text
-        if recipe.make_quantizer().needs_stats and text is None:
+        if text is None and (recipe.make_quantizer().needs_stats or recipe.sorts_columns):
             text, _ = load_text(recipe, self.streamed, self.seed, held_out=False)
         return estimate_run(self.streamed, recipe, assign(recipe, self.streamed), text, stored=self._kept)
 
@@ -181,26 +189,27 @@ class Planner:
         start = time.monotonic()
         budgeted = Measure(budget, self.streamed)
         budgeted.refuse(smallest(self.menu, self._base))
-        losses = self._by_unit(self.losses)
-        solution, chosen, spare = self._within(budgeted, losses)
+        units, losses, solution, chosen, spare = self._solve(budgeted)
         choice, search_facts, election = list(solution.choice), None, None
         want = self.recipe.allocate
         if want.rivals:
             choice, election = self._elect(budgeted, choice, spare)
         if want.refine == "evopress":
             choice, search_facts = search(
-                self.job, self._levels, self.units, windows_around(self.units, losses, choice), choice, spare,
+                self.job, self._levels, units, windows_around(units, losses, choice), choice, spare,
                 Schedule(generations=want.generations, offspring=want.offspring),
             )
         if want.rivals or search_facts:
-            chosen = self._assignment(choice)
+            chosen = self._assignment(units, choice)
         facts = chosen.facts(self.streamed)
-        entries = {n: u.entries[i] for u, i in zip(self.units, choice) for n in u.names}
-        for fact in facts:
-            if fact["name"] in entries:
-                fact["damage"] = self.losses[fact["name"]][entries[fact["name"]]]
+        by_name = {fact["name"]: fact for fact in facts}
+        for unit, i in zip(units, choice):
+            for name in unit.names:
+                by_name[name]["damage"] = by_name[name].get("damage", 0.0) + (
+                    self._part(unit, name) * self.losses[name][unit.entries[i]])
         blocks, everything = totals(facts)
-        formats = {name: fmt.name for name, fmt in chosen.formats.items()}
+        # by name, as a resumed run reads them back
+        formats = {name: layout_name(layout) for name, layout in sorted(chosen.layouts.items())}
         recipe = self.recipe.model_copy(update={"plan": formats, "budget": budget})
         damage = sum(e[i] for e, i in zip(losses, choice))
         model = self.recipe.allocate.damage
@@ -212,8 +221,12 @@ class Planner:
             {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts, election,
         )
 
-    def _by_unit(self, losses: Losses) -> list[list[float]]:
-        return [[sum(losses[n][e] for n in u.names) for e in u.entries] for u in self.units]
+    def _by_unit(self, units: Sequence[Unit], losses: Losses) -> list[list[float]]:
+        return [[sum(self._part(u, n) * losses[n][e] for n in u.names) for e in u.entries] for u in units]
+
+    def _part(self, unit: Unit, name: str) -> float:
+        """The share of a tensor's damage that falls on a unit: all of it, or that of the columns that the unit is."""
+        return 1.0 if unit.columns is None else self.shares[name][unit.columns[0] // self.recipe.allocate.column_group]
 
     def _elect(self, budgeted: Measure, choice: list[int], spare: int) -> tuple[list[int], dict[str, float]]:
         """The best of this damage model's plan and its rivals', by measured KL."""
@@ -221,7 +234,8 @@ class Planner:
         candidates = {want.damage: choice}
         for rival in want.rivals:
             if rival != UNIFORM:
-                candidates[rival] = list(self._within(budgeted, self._by_unit(self._rivals[rival]))[0].choice)
+                losses = self._by_unit(self.units, self._rivals[rival])
+                candidates[rival] = list(self._within(budgeted, self.units, losses)[0].choice)
             elif (uniform := self._uniform(spare)) is not None:
                 candidates[rival] = uniform
         winner, scores = elect(self.job, self._levels, self.units, candidates)
@@ -235,30 +249,49 @@ class Planner:
         return costs[max(fits)] if (fits := [c for c in costs if c <= spare]) else None
 
     def _prior(self, chosen: Assignment) -> Prediction:
-        weights = {n: n_out * n_in for n, (n_out, n_in) in ((n, chosen.targets[n].shape) for n in chosen.formats)}
-        return prior(sum(weights.values()), None, [(weights[n], f.code_bits) for n, f in chosen.formats.items()])
+        runs = [(chosen.targets[n].shape[0] * columns, fmt.code_bits)
+                for n, layout in chosen.layouts.items() for fmt, columns in layout.runs]
+        return prior(sum(weights for weights, _ in runs), None, runs)
 
-    def _within(self, measure: Measure, losses: list[list[float]]) -> tuple[Solution, Assignment, int]:
+    def _solve(self, measure: Measure) -> tuple[list[Unit], list[list[float]], Solution, Assignment, int]:
+        """The units and their losses, the best choice, what it means, and the bytes that the units may take.
+
+        Solved again without the permutations that turned out to be of no use: the same choice costs less then, so the
+        next one is no worse, and there are fewer units each time.
+        """
+        units = self.units
+        while True:
+            losses = self._by_unit(units, self.losses)
+            solution, chosen, spare = self._within(measure, units, losses)
+            fewer = without_idle_sorting(units, solution.choice)
+            if len(fewer) == len(units):
+                return units, losses, solution, chosen, spare
+            units = fewer
+
+    def _within(
+        self, measure: Measure, units: list[Unit], losses: list[list[float]]
+    ) -> tuple[Solution, Assignment, int]:
         """Solve, and where a file's header came out longer than foreseen, again with that much less.
 
         Also returns the bytes that the units may take.
         """
-        cheapest = self._assignment([min(range(len(u.costs)), key=u.costs.__getitem__) for u in self.units])
-        fixed = measure.cost(cheapest) - sum(min(u.costs) for u in self.units)
+        cheapest = self._assignment(units, [min(range(len(u.costs)), key=u.costs.__getitem__) for u in units])
+        fixed = measure.cost(cheapest) - sum(min(u.costs) for u in units)
         spare = measure.limit(cheapest) - fixed
         while True:
-            solution = solve([u.costs for u in self.units], losses, spare)
-            chosen = self._assignment(solution.choice)
+            solution = solve([u.costs for u in units], losses, spare)
+            chosen = self._assignment(units, solution.choice)
             over = measure.cost(chosen) - measure.limit(chosen)
             if over <= 0:
                 return solution, chosen, spare
             spare -= over
 
-    def _assignment(self, choice: Sequence[int]) -> Assignment:
-        formats = dict(self._base.formats)
-        for unit, i in zip(self.units, choice):
-            formats |= {name: self.menu[name][unit.entries[i]] for name in unit.names}
-        return replace(self._base, formats=formats)
+    def _assignment(self, units: Sequence[Unit], choice: Sequence[int]) -> Assignment:
+        parts: dict[str, list[Layout]] = {}
+        for unit, i in zip(units, choice):
+            for name in unit.names:
+                parts.setdefault(name, []).append(unit.part(self.menu[name][unit.entries[i]]))
+        return replace(self._base, layouts=self._base.layouts | {name: Layout.join(p) for name, p in parts.items()})
 
 
 def read_plan(path: Path, recipe: Recipe, streamed: StreamedModel) -> Recipe:

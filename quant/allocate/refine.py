@@ -164,6 +164,4 @@ class Levels:
                 self._packed[name, entry] = made.pack()
 
     def dense(self, name: str, entry: str) -> Tensor:
-        packed = self._packed[name, entry]
-        columns = int(packed["weight_shape"][1])
-        return QuantizedTensor.unpack(packed, [(self._job.format(name, entry), columns)]).dequantize()
+        return QuantizedTensor.unpack(self._packed[name, entry], self._job.layout(name, entry)).dequantize()

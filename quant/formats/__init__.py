@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from fewbits.quant.errors import FormatError, nearest
@@ -29,27 +30,35 @@ def parse_format(name: str) -> Format:
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
 
 
+_SORTED = "perm:"
+_RUN = re.compile(r"([^\[\]]+)\[([1-9][0-9]{0,8})\]")
+
+
 def layout_name(layout: Layout) -> str:
-    """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several."""
-    if len(layout) == 1:
-        return layout[0][0].name
-    return "+".join(f"{fmt.name}[{columns}]" for fmt, columns in layout)
+    """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several; sorted ones after ``perm:``."""
+    runs = [fmt.name if len(layout.runs) == 1 else f"{fmt.name}[{columns}]" for fmt, columns in layout.runs]
+    return (_SORTED if layout.permuted else "") + "+".join(runs)
 
 
-def parse_layout(name: str, columns: int) -> list[tuple[Format, int]]:
+def is_permuted(name: str) -> bool:
+    """Whether a layout of this name has its columns sorted."""
+    return name.startswith(_SORTED)
+
+
+def parse_layout(name: str, columns: int) -> Layout:
     """Inverse of :func:`layout_name` for a tensor with ``columns`` columns.
 
     Raises:
         FormatError: unknown format, or the runs do not add up to ``columns``.
     """
-    if "[" not in name:
-        return [(parse_format(name), columns)]
-    layout = []
-    for run in name.split("+"):
-        fmt, _, count = run.rstrip("]").partition("[")
-        if not count.isdecimal():
+    plain = name.removeprefix(_SORTED)
+    if "[" not in plain:
+        return Layout(((parse_format(plain), columns),), is_permuted(name))
+    runs = []
+    for run in plain.split("+"):
+        if (m := _RUN.fullmatch(run)) is None:
             raise FormatError(f"layout: got {name!r}, needed runs like int4_g64[128]+int2_g64[448]")
-        layout.append((parse_format(fmt), int(count)))
-    if sum(n for _, n in layout) != columns:
-        raise FormatError(f"layout: {name!r} covers {sum(n for _, n in layout)} columns, the tensor has {columns}")
-    return layout
+        runs.append((parse_format(m[1]), int(m[2])))
+    if sum(n for _, n in runs) != columns:
+        raise FormatError(f"layout: {name!r} covers {sum(n for _, n in runs)} columns, the tensor has {columns}")
+    return Layout(tuple(runs), is_permuted(name))

@@ -7,8 +7,8 @@ imply through the Hessian. With ``H = R R^T`` (R upper triangular: a Cholesky fa
     v_k = w_k + sum_{j<k} (w_j - q_j) A_jk
 
 so the weights themselves never change and no inverse is needed. It gives the same integers as the error-push form of
-the paper. Groups are fitted beforehand on the original weights (static), so the order of columns costs nothing at run
-time: no permutation and no group index is stored.
+the paper. Groups are fitted beforehand on the original weights (static), so the order of the sweep costs nothing at run
+time: no permutation and no group index is stored for it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.quantizers.fit import fit_layout
+from fewbits.quant.quantizers.fit import fit_layout, with_sorted_columns
 from fewbits.quant.quantizers.rtn import Clip
-from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment
+from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class GPTQ:
         """
         if stats is None or stats.n_tokens == 0:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
+        if layout.permuted:
+            return with_sorted_columns(self, weight, stats, layout, seed)
         diagonal = stats.xtx.diagonal() / stats.n_tokens
         dead, importance = diagonal <= 0, _revived(diagonal)
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
@@ -154,7 +156,7 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
     while damp <= _MAX_DAMP:
         floor = damp * mean
         for dtype in (torch.float32, torch.float64):
-            hessian = _permuted(xtx, backwards, dtype).div_(n_tokens)
+            hessian = permuted(xtx, backwards, dtype).div_(n_tokens)
             hessian.diagonal().copy_(diagonal[backwards] + floor)
             # in place: column-major, as LAPACK wants it, is the transpose of a symmetric matrix
             info = torch.zeros((), dtype=torch.int32, device=xtx.device)
@@ -172,11 +174,3 @@ def _revived(diagonal: Tensor) -> Tensor:
     """The diagonal of a Hessian, where dead inputs get the mean of the others: it leaves the damping as it is."""
     dead = diagonal <= 0
     return diagonal.masked_fill(dead, 1.0 if bool(dead.all()) else float(diagonal[~dead].mean()))
-
-
-def _permuted(matrix: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """``matrix[order][:, order]`` without a second copy of its size."""
-    out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for start in range(0, len(order), 256):
-        out[start : start + 256] = matrix[order[start : start + 256]][:, order]
-    return out

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewbits.quant.quantizers.fit import fit_layout
+from fewbits.quant.quantizers.fit import fit_layout, with_sorted_columns
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment
 
 Clip = Literal["minmax", "search"]
@@ -30,6 +30,8 @@ class RTN:
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
         """Quantize ``weight (N, K)``, of any float dtype; given statistics, the clip search weighs columns by them."""
+        if layout.permuted:
+            return with_sorted_columns(self, weight, stats, layout, seed)
         rows, columns = weight.shape
         weight = weight.float()
         importance = None

@@ -15,7 +15,7 @@ from fewbits.calibration.sensitivity import DAMAGE, WEIGHTS_ONLY, measure
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import Survey
 from fewbits.quant.allocate.menu import build_menu
-from fewbits.quant.formats import parse_format
+from fewbits.quant.formats import parse_layout
 from fewbits.quant.prepare import load_text
 from fewbits.quant.quantizers.gptq import GPTQ
 from fewbits.quant.recipe import load_recipe
@@ -45,6 +45,18 @@ def test_every_model_judges_every_entry_and_more_bits_hurt_less(tiny, family: st
     assert total["int2"] > total["int4"] > total["int8"]
 
 
+def test_experts_are_judged_like_all_else(tiny) -> None:
+    """Fused experts show their linears one at a time: else their gradients go unseen, and they seem to cost nothing."""
+    from scipy.stats import spearmanr
+
+    job = _survey(tiny("qwen3-moe"), allocate__formats=["int2", "int8"])
+    fisher, kl = measure(job, "fisher"), measure(job, "kl")
+    experts = [n for n in job.menu if job.streamed.targets[n].kind == "expert"]
+    assert experts and sum(fisher[n]["int2"] > 0 for n in experts) > 0.8 * len(experts)
+    names = list(job.menu)
+    assert spearmanr([fisher[n]["int2"] for n in names], [kl[n]["int2"] for n in names]).statistic > 0.7
+
+
 def test_weights_only_models_need_no_text(tiny) -> None:
     job = _survey(tiny("llama"))
     job.text = None
@@ -60,9 +72,9 @@ def test_feedback_damage_is_what_gptq_loses(bits: int) -> None:
     x = torch.randn(4000, 128) * torch.logspace(0, -1.5, 128) @ mix
     weight = torch.randn(SAMPLED_ROWS * 2, 128)
     stats = LayerStats(x.T @ x, len(x))
-    fmt = parse_format(f"int{bits}_g64")
-    (foreseen,) = feedback_damage(weight, stats, [fmt], None)
-    made, _ = GPTQ().quantize(weight, stats, [(fmt, 128)])
+    layout = parse_layout(f"int{bits}_g64", 128)
+    (foreseen,) = feedback_damage(weight, stats, [layout], None)
+    made, _ = GPTQ().quantize(weight, stats, layout)
     lost = proxy_loss(weight, made, stats)[0] / 2
     assert foreseen == pytest.approx(lost, rel=0.25 if bits > 2 else 0.4)
 

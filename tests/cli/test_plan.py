@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def test_a_plan_is_carried_out_to_the_byte(tiny, text, tmp_path, capsys) -> None
     direct = _json(capsys, "quantize", model, "-o", str(tmp_path / "direct"), "--bpw", "4.5", *text, *SMALL)
     assert direct["bytes"] == planned["bytes"] and direct["measured"].keys() >= {"kl_mean", "kl_stderr"}
     assert direct["predicted"]["kl_mean"] == pytest.approx(planned["predicted"]["kl_mean"], rel=1e-3)
+
+
+def test_a_plan_for_columns_is_summed_up_and_carried_out(tiny, text, tmp_path, capsys) -> None:
+    model, file, out = str(tiny("llama")), str(tmp_path / "plan.json"), tmp_path / "out"
+    columns = ["--recipe", "baq", "--set", "allocate.column_group=32"]
+    assert main(["plan", model, "--bpw", "4", "-o", file, *columns, *text, *SMALL]) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"mixed x 2: int\d_g32 \d+%, int\d_g32 \d+%", " ".join((shown.out + shown.err).split()))
+    planned = json.loads(Path(file).read_text())
+    made = _json(capsys, "quantize", model, "-o", str(out), "--plan", file, *columns, *text, *SMALL)
+    assert made["bytes"] == planned["bytes"] and made["bits_per_weight"] == planned["bits_per_weight"] <= 4
+    assert main(["inspect", str(out)]) == 0
+    assert "perm:int" in "".join(capsys.readouterr())
 
 
 def test_a_measured_run_sharpens_the_prediction(tiny, text, tmp_path, capsys) -> None:

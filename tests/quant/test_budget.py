@@ -22,7 +22,7 @@ from fewbits.quant.recipe import Budget, Recipe, load_recipe
 from fewbits.quant.source import open_source
 from tests.conftest import save_tiny_model
 
-_QUICK = {"calibration.samples": 4, "calibration.seqlen": 32, "allocate.trust": 0}
+_QUICK = {"calibration.samples": 4, "calibration.seqlen": 32, "allocate.rivals": []}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def _with_made_up_losses(planner: Planner) -> Planner:
     for name, entries in planner.menu.items():
         size = planner.streamed.targets[name].shape[0] * planner.streamed.targets[name].shape[1]
         scale = draw.lognormvariate(0, 1)
-        planner.losses[name] = {e: scale * size * 4.0**-f.code_bits for e, f in entries.items()}  # type: ignore[attr-defined]
+        planner.losses[name] = {e: scale * size * 4.0 ** -own.runs[0][0].code_bits for e, own in entries.items()}
     planner.units = build_units(planner.menu, planner.streamed, [], planner.recipe)
     return planner
 

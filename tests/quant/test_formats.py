@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,7 +15,7 @@ from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import EXAMPLES, FORMATS, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.quantizers.rtn import RTN
-from fewbits.quant.types import Format, QuantizedTensor, Segment
+from fewbits.quant.types import Format, Layout, QuantizedTensor, Segment
 
 torch.set_num_threads(1)
 
@@ -57,7 +58,7 @@ def error(fmt: Format, weight: Tensor, params: dict[str, Tensor], importance: Te
 @pytest.mark.parametrize("fmt", EVERY, ids=names)
 def test_name_round_trip(fmt: IntFormat) -> None:
     assert parse_format(fmt.name) == fmt
-    assert parse_layout(layout_name([(fmt, 64)]), 64) == [(fmt, 64)]
+    assert parse_layout(layout_name(Layout.of(fmt, 64)), 64) == Layout.of(fmt, 64)
 
 
 def test_names_are_canonical_and_different() -> None:
@@ -83,12 +84,18 @@ def test_bad_name_suggests_the_nearest() -> None:
 
 
 def test_layout_names() -> None:
-    layout = [(IntFormat(4, 64), 128), (IntFormat(2, None, True), 40)]
+    layout = Layout(((IntFormat(4, 64), 128), (IntFormat(2, None, True), 40)))
     assert layout_name(layout) == "int4_g64[128]+int2_sym_row[40]"
     assert parse_layout(layout_name(layout), 168) == layout
+    for runs in (layout, Layout.of(IntFormat(3, 64), 168)):
+        name = layout_name(dataclasses.replace(runs, permuted=True))
+        assert name == f"perm:{layout_name(runs)}"
+        assert parse_layout(name, 168) == dataclasses.replace(runs, permuted=True)
     with pytest.raises(FormatError, match="covers 168 columns, the tensor has 160"):
         parse_layout(layout_name(layout), 160)
-    for bad in ("int4_g64[128]+int2_g64", "int4_g64[x]", "int4_g64[-1]", "int4_g64[]"):
+    for bad in ("int4_g64[128]+int2_g64", "int4_g64[x]", "int4_g64[-1]", "int4_g64[]", "int4_g64[128]+int4_g64[0]",
+                f"int4_g64[{'9' * 5000}]", "perm:", "perm:perm:int4_g64", "PERM:int4_g64",
+                "int4_g64[64]+perm:int4_g64[64]"):
         with pytest.raises(FormatError):
             parse_layout(bad, 128)
 
@@ -320,8 +327,9 @@ def test_segments_side_by_side() -> None:
     tensor, _ = RTN("search").quantize(weight, None, layout)
     assert tensor.layout == layout
     start = 0
-    for fmt, columns in layout:  # each as if it were alone
-        alone, _ = RTN("search").quantize(weight[:, start : start + columns].contiguous(), None, [(fmt, columns)])
+    for fmt, columns in layout.runs:  # each as if it were alone
+        run = weight[:, start : start + columns].contiguous()
+        alone, _ = RTN("search").quantize(run, None, Layout.of(fmt, columns))
         assert torch.equal(tensor.dequantize()[:, start : start + columns], alone.dequantize())
         start += columns
     stored = tensor.pack()
@@ -331,7 +339,7 @@ def test_segments_side_by_side() -> None:
     assert back.shape == (9, 101) and torch.equal(back.dequantize(), tensor.dequantize())
     announced = sum(
         torch.Size(shape).numel() * dtype.itemsize
-        for fmt, columns in layout for shape, dtype in fmt.storage(9, columns).values()
+        for fmt, columns in layout.runs for shape, dtype in fmt.storage(9, columns).values()
     )
     assert tensor.stored_bytes == announced + 16
     assert tensor.bits_per_weight == 8 * tensor.stored_bytes / (9 * 101)
@@ -379,7 +387,7 @@ def test_more_bits_are_better() -> None:
     weight = weights(16, 128)
     losses = []
     for bits in range(1, 9):
-        tensor, _ = RTN().quantize(weight, None, [(IntFormat(bits, 32), 128)])
+        tensor, _ = RTN().quantize(weight, None, Layout.of(IntFormat(bits, 32), 128))
         losses.append(float((tensor.dequantize() - weight).square().mean()))
     assert losses == sorted(losses, reverse=True)
     ratios = [a / b for a, b in itertools.pairwise(losses[2:])]

@@ -79,6 +79,50 @@ def brain_surgeon(weight: Tensor, stats: LayerStats, tensor: QuantizedTensor, da
     return codes
 
 
+# -- sorted columns ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int3_g16", "int6_g16[16]+int3_g16[32]+int2_g16[16]"])
+@pytest.mark.parametrize("clip", ["minmax", "search"])
+def test_sorted_columns_with_a_diagonal_hessian_are_round_to_nearest(name: str, clip: str) -> None:
+    """In groups of sorted columns: the one with the largest input comes first."""
+    weight = weights(12, 64)
+    power = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(5)))
+    stats = LayerStats(torch.diag(power), 1)
+    layout = parse_layout(f"perm:{name}", 64)
+    ours, _ = GPTQ(clip=clip).quantize(weight, stats, layout)
+    rounded, _ = RTN(clip).quantize(weight, stats, layout)
+    assert torch.equal(ours.dequantize(), rounded.dequantize())
+    order = torch.argsort(power, descending=True)
+    by_hand, _ = RTN(clip).quantize(weight[:, order], LayerStats(torch.diag(power[order]), 1), parse_layout(name, 64))
+    assert torch.equal(rounded.dequantize()[:, order], by_hand.dequantize())
+    assert ours.layout == rounded.layout == layout
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_sorted_columns_are_the_same_sweep_over_a_renamed_input(act_order: bool) -> None:
+    """The weight and all its statistics in another order; QEP's too. What comes out is in the columns' own order."""
+    _, _, stats = paired()
+    weight, order = weights(9, 48), stats.column_order()
+    assert bool((stats.xtx.diagonal()[order].diff() <= 0).all()) and stats.cross is not None
+    how = GPTQ(act_order=act_order, qep=0.5)
+    tensor, facts = how.quantize(weight, stats, parse_layout("perm:int4_g16[16]+int2_g16[32]", 48))
+    renamed = LayerStats(stats.xtx[order][:, order], stats.n_tokens, stats.cross[order][:, order])
+    plain, same = how.quantize(weight[:, order], renamed, parse_layout("int4_g16[16]+int2_g16[32]", 48))
+    assert torch.equal(tensor.dequantize()[:, order], plain.dequantize()) and facts == same
+    if act_order:  # and with one group for a row, sorting is nothing but another name for each column
+        alone, _ = how.quantize(weight, stats, parse_layout("int3_row", 48))
+        named, _ = how.quantize(weight, stats, parse_layout("perm:int3_row", 48))
+        assert float((alone.dequantize() != named.dequantize()).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("how", [GPTQ(), RTN(), RTN("search")])
+def test_nothing_to_sort_by_is_an_error(how: GPTQ | RTN) -> None:
+    for stats in (None, LayerStats(torch.zeros(16, 16), 0)):
+        with pytest.raises(FewbitsError, match="no calibration tokens"):
+            how.quantize(weights(2, 16), stats, parse_layout("perm:int4_g8", 16))
+
+
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +150,7 @@ def test_block_size_changes_nothing(act_order: bool) -> None:
 def test_what_is_rounded_is_rounded_to_nearest() -> None:
     """With E = W - Q and A = R / diag(R), (E A)_k is what was lost at column k: half a step, unless codes ended."""
     weight, stats = weights(64, 96), stats_of(inputs(400, 96))
-    tensor, _ = GPTQ(act_order=False).quantize(weight, stats, [(IntFormat(4, 32), 96)])
+    tensor, _ = GPTQ(act_order=False).quantize(weight, stats, Layout.of(IntFormat(4, 32), 96))
     factor, _ = factored(stats.hessian, 0.01)
     lost = (weight - tensor.dequantize()) @ (factor / factor.diagonal())
     scale = tensor.segments[0].params["scale"].float().repeat_interleave(32, dim=1)
@@ -163,7 +207,8 @@ def test_weights_on_the_grid_come_back(bits: int, symmetric: bool, monkeypatch: 
         monkeypatch.setattr(IntFormat, "fit", lambda *args: {"scale": scale})
     weight = (scale[..., None] * (codes - zero[..., None])).view(8, 64)
     stats = stats_of(inputs(200, 64))
-    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, [(IntFormat(bits, 16, symmetric, torch.float32), 64)])
+    layout = Layout.of(IntFormat(bits, 16, symmetric, torch.float32), 64)
+    tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, layout)
     assert torch.equal(codes_of(tensor), codes.view(8, 64).to(torch.uint8))
     assert torch.equal(tensor.dequantize(), weight)
     assert loss(weight, tensor, stats) == 0
@@ -199,7 +244,8 @@ def test_beats_round_to_nearest_on_correlated_inputs(name: str) -> None:
 
 def test_every_bit_is_worth_six_decibels() -> None:
     weight, stats = weights(32, 64), stats_of(inputs(400, 64))
-    losses = [loss(weight, GPTQ().quantize(weight, stats, [(IntFormat(b, 32), 64)])[0], stats) for b in range(2, 9)]
+    layouts = [Layout.of(IntFormat(b, 32), 64) for b in range(2, 9)]
+    losses = [loss(weight, GPTQ().quantize(weight, stats, layout)[0], stats) for layout in layouts]
     assert all(2.5 < a / b < 7 for a, b in itertools.pairwise(losses))
 
 
@@ -209,7 +255,7 @@ def test_exhaustive_search_is_never_beaten_and_hardly_better() -> None:
     for seed in range(60):
         columns = 3 + seed % 3
         weight, stats = weights(1, columns, seed), stats_of(inputs(40, columns, seed))
-        layout: Layout = [(IntFormat(2, None, False, torch.float32), columns)]
+        layout = Layout.of(IntFormat(2, None, False, torch.float32), columns)
         tensor, _ = GPTQ(clip="minmax").quantize(weight, stats, layout)
         plain, _ = RTN("minmax").quantize(weight, stats, layout)
         fmt, params = per_column(tensor)[0]
@@ -435,9 +481,9 @@ def test_qep_keeps_dead_columns_zero() -> None:
 def test_rows_in_chunks_give_the_codes_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, original = paired()[:2]
     stats = LayerStats(x.T @ x, len(x), (original - x).T @ x)
-    whole, facts = GPTQ(qep=0.5).quantize(weights(40, 48), stats, [(IntFormat(3, 16), 48)])
+    whole, facts = GPTQ(qep=0.5).quantize(weights(40, 48), stats, Layout.of(IntFormat(3, 16), 48))
     monkeypatch.setattr("fewbits.quant.quantizers.gptq._CHUNK_WEIGHTS", 48 * 7)
-    chunked, same = GPTQ(qep=0.5).quantize(weights(40, 48), stats, [(IntFormat(3, 16), 48)])
+    chunked, same = GPTQ(qep=0.5).quantize(weights(40, 48), stats, Layout.of(IntFormat(3, 16), 48))
     assert same["qep_shift"] == pytest.approx(facts["qep_shift"], rel=1e-5)
     # other shapes of the same products round differently, which may flip a tie
     assert (whole.segments[0].codes != chunked.segments[0].codes).float().mean() <= 1e-3

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fewbits.quant.errors import FormatError, RecipeError
+from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.quantizers.gptq import GPTQ
@@ -35,7 +36,7 @@ CHANGES: dict[str, Any] = {
     "budget.bpw": 3.0, "budget.bpw_total": 5.0, "budget.size": 1000, "budget.fits_in": 1000, "budget.ctx": 8,
     "budget.batch": 2, "allocate.damage": "kl", "allocate.formats": ["int4"], "allocate.unit": "block",
     "allocate.target": "vllm", "allocate.refine": "evopress", "allocate.generations": 3, "allocate.offspring": 3,
-    "allocate.trust": 3,
+    "allocate.trust": 3, "allocate.column_group": 32,
 }
 OTHER_BUDGETS = ("budget.bpw_total", "budget.size", "budget.fits_in")
 """A recipe can have one budget."""
@@ -235,8 +236,8 @@ def test_formats_for_columns() -> None:
 
 
 def format_for(recipe: Recipe, name: str, *, kind: str = "linear", is_head: bool = False) -> str | None:
-    fmt = recipe.format_for(name, 64, kind=kind, is_head=is_head)
-    return None if fmt is None else fmt.name
+    layout = recipe.layout_for(name, 64, kind=kind, is_head=is_head)
+    return None if layout is None else layout_name(layout)
 
 
 def test_rules_and_keep() -> None:
@@ -281,8 +282,8 @@ def test_routers_stay_dense() -> None:
 def test_format_that_does_not_fit_names_the_tensor_and_ways_out() -> None:
     message = r"a\.b: K = 96 is not a multiple of group_size 64; choose .*32.* or add it to keep"
     with pytest.raises(FormatError, match=message):
-        parse_recipe({"format": {"group_size": 64}}).format_for("a.b", 96, kind="linear", is_head=False)
+        parse_recipe({"format": {"group_size": 64}}).layout_for("a.b", 96, kind="linear", is_head=False)
     with pytest.raises(FormatError, match=message):
-        parse_recipe({"rules": [{"match": "a.*", "format": "int4_g64"}]}).format_for(
+        parse_recipe({"rules": [{"match": "a.*", "format": "int4_g64"}]}).layout_for(
             "a.b", 96, kind="linear", is_head=False
         )

@@ -16,6 +16,7 @@ from fewbits.quant.allocate import planning
 from fewbits.quant.allocate.planning import Planner
 from fewbits.quant.allocate.refine import unseen_rows, windows_around
 from fewbits.quant.errors import RecipeError
+from fewbits.quant.formats import layout_name
 from fewbits.quant.prepare import load_text
 from fewbits.quant.recipe import Budget, load_recipe
 from fewbits.quant.source import open_source
@@ -60,7 +61,7 @@ def test_the_plan_with_the_least_measured_kl_ships(tiny, monkeypatch: pytest.Mon
     assert plan.election["weights"] > 5 * plan.election["measured"]
     winner = min(plan.election, key=plan.election.__getitem__)
     entries = {n: u.entries[i] for u, i in zip(planner.units, seen[winner]) for n in u.names}
-    assert plan.recipe.plan == {n: planner.menu[n][e].name for n, e in entries.items()}
+    assert plan.recipe.plan == {n: layout_name(planner.menu[n][e]) for n, e in entries.items()}
     assert plan.bits_per_weight <= 5.5
     # were the main damage model the wrong one, its rival would win
     planner.losses, planner._rivals["weights"] = worst, planner.losses
@@ -115,7 +116,7 @@ def test_evopress_repairs_a_bad_start(tiny) -> None:
 
 def test_windows_hold_what_is_worth_its_bytes(tiny) -> None:
     planner = _planner(tiny("llama"))
-    losses = planner._by_unit(planner.losses)
+    losses = planner._by_unit(planner.units, planner.losses)
     windows = windows_around(planner.units, losses, [1] * len(planner.units))
     assert all(w == [0, 1, 2] for w in windows)
     losses[0] = [losses[0][0], losses[0][1], losses[0][1] * 2]  # 8 bits worse than 4: nobody pays for that

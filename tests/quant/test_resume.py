@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied head and embedding": ("llama-tied", "gptq", {"lm_head": True, "embeddings": True}),
     "rtn": ("gpt2", "rtn", {}),
     "original inputs": ("opt", "gptq", {"calibration.inputs": "original"}),
+    "sorted columns": ("llama", "baq", {"budget.bpw": 4.0, "allocate.column_group": 32}),
     "qep on experts": ("qwen3-moe", "gptq", {"quantizer.qep": 0.5, "calibration.true_sequential": True}),
 }
 """Name -> family, recipe, overrides."""
@@ -117,7 +118,7 @@ def die() -> None:
 
 
 def killed_after(shard: int) -> Callable[[str, int, int], None]:
-    return lambda what, done, total: die() if done == shard else None
+    return lambda what, done, total: die() if (what, done) == ("Quantizing", shard) else None
 
 
 def assert_refused(folder: Path) -> None:

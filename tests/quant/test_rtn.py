@@ -12,7 +12,7 @@ from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.rtn import RTN
-from fewbits.quant.types import LayerStats
+from fewbits.quant.types import LayerStats, Layout
 
 torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def test_every_weight_gets_the_nearest_value(name: str, clip: str) -> None:
 
 def test_min_max_error_is_at_most_half_a_step() -> None:
     weight = weights(32, 64)
-    tensor, _ = RTN().quantize(weight, None, [(IntFormat(4, 16, False, torch.float32), 64)])
+    tensor, _ = RTN().quantize(weight, None, Layout.of(IntFormat(4, 16, False, torch.float32), 64))
     step = tensor.segments[0].params["scale"].repeat_interleave(16, 1)
     # an integer zero point shifts the grid by up to half a step, which one end of the range may miss
     assert ((tensor.dequantize() - weight).abs() <= step + 1e-6).all()
@@ -105,7 +105,7 @@ def test_fit_in_chunks_equals_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_group_size_that_does_not_divide() -> None:
     with pytest.raises(FormatError, match="K = 40 is not a multiple of group_size 16"):
-        RTN().quantize(weights(2, 40), None, [(IntFormat(4, 16), 40)])
+        RTN().quantize(weights(2, 40), None, Layout.of(IntFormat(4, 16), 40))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.quant.errors import FormatError
@@ -72,6 +74,73 @@ def test_unpack_refuses_what_does_not_fit() -> None:
     two = quantized("int8_g8[16]+int2_g4_bf16[24]")
     with pytest.raises(FormatError, match="weight_scale: missing"):
         QuantizedTensor.unpack({k: v for k, v in two.pack().items() if k != "weight_scale_1"}, two.layout)
+
+
+# -- sorted columns --------------------------------------------------------------------------------------------------
+
+
+def sorted_tensor(order: Tensor, rows: int, name: str, seed: int = 0) -> QuantizedTensor:
+    """A tensor whose columns are stored in ``order``."""
+    weight = torch.randn(rows, len(order), generator=torch.Generator().manual_seed(seed))
+    stored = RTN().quantize(weight[:, order], None, parse_layout(name, len(order)))[0]
+    return dataclasses.replace(stored, permutation=order)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.permutations(range(24)), st.integers(1, 9), st.sampled_from(["int4_g8", "int8_g8[16]+int2_g4_bf16[8]"]))
+def test_sorted_columns_round_trip(order: list[int], rows: int, name: str) -> None:
+    tensor = sorted_tensor(torch.tensor(order), rows, name)
+    stored = tensor.pack()
+    assert tensor.layout == parse_layout(f"perm:{name}", 24)
+    assert {k: (tuple(v.shape), v.dtype) for k, v in stored.items()} == tensor.layout.storage(rows)
+    assert sum(v.numel() * v.element_size() for v in stored.values()) == tensor.stored_bytes
+    assert tensor.bits_per_weight == 8 * tensor.stored_bytes / (rows * 24)
+    back = QuantizedTensor.unpack(stored, tensor.layout)
+    assert torch.equal(back.dequantize(), tensor.dequantize())
+    plain = dataclasses.replace(tensor, permutation=None).dequantize()
+    for k, column in enumerate(order):  # column k of what is stored is column order[k] of the weight
+        assert torch.equal(tensor.dequantize()[:, column], plain[:, k])
+    again = back.pack()
+    assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in stored.items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-2, 9), min_size=8, max_size=8).filter(lambda v: sorted(v) != list(range(8))))
+def test_what_is_no_permutation_is_refused(values: list[int]) -> None:
+    tensor = sorted_tensor(torch.arange(8), 2, "int4_g8")
+    with pytest.raises(FormatError, match=r"weight_perm: got values .* needed each of 0 to 7 once"):
+        QuantizedTensor.unpack(tensor.pack() | {"weight_perm": torch.tensor(values, dtype=torch.int16)}, tensor.layout)
+
+
+def test_permutations_of_another_shape_or_dtype_are_refused() -> None:
+    tensor = sorted_tensor(torch.arange(8), 2, "int4_g8")
+    stored = tensor.pack()
+    with pytest.raises(FormatError, match="weight_perm: missing"):
+        QuantizedTensor.unpack({k: v for k, v in stored.items() if k != "weight_perm"}, tensor.layout)
+    good = torch.arange(8, dtype=torch.int16)
+    for bad in (good[:7], good[None], good.int(), good.float(), good.to(torch.uint8), torch.tensor(0).short()):
+        with pytest.raises(FormatError, match="weight_perm: got"):
+            QuantizedTensor.unpack(stored | {"weight_perm": bad}, tensor.layout)
+
+
+def test_a_permutation_is_as_wide_as_it_must_be() -> None:
+    for columns, dtype in ((32767, torch.int16), (32768, torch.int32)):
+        tensor = sorted_tensor(torch.arange(columns).flip(0), 1, "int8_row")
+        assert tensor.pack()["weight_perm"].dtype == dtype
+        assert tensor.stored_bytes == parse_layout("int8_row", columns).stored_bytes(1) + columns * dtype.itemsize
+        assert torch.equal(QuantizedTensor.unpack(tensor.pack(), tensor.layout).dequantize(), tensor.dequantize())
+
+
+def test_rows_of_sorted_columns_come_apart_and_together() -> None:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    tensor = sorted_tensor(order, 11, "int8_g8[16]+int2_g4_bf16[24]")
+    parts = tensor.split_rows([3, 8])
+    assert torch.equal(torch.cat([p.dequantize() for p in parts]), tensor.dequantize())
+    whole = QuantizedTensor.concat_rows(parts)
+    assert whole.layout == tensor.layout and torch.equal(whole.dequantize(), tensor.dequantize())
+    read = QuantizedTensor.unpack(tensor.pack(), tensor.layout)
+    first, second = (p.pack()["weight_perm"] for p in read.split_rows([3, 8]))
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()  # each stores its own
 
 
 def test_values_are_frozen() -> None:

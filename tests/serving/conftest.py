@@ -18,15 +18,19 @@ from fewbits.quant.types import Layout, QuantizedTensor, Segment
 
 
 def round_to_nearest(weight: Tensor, layout: Layout) -> QuantizedTensor:
-    """``weight (N, K)`` rounded, run of columns by run of columns."""
+    """``weight (N, K)`` rounded, run of columns by run of columns, in some order where the layout has one."""
+    order = None
+    if layout.permuted:
+        order = torch.randperm(layout.columns, generator=torch.Generator().manual_seed(layout.columns))
+        weight = weight[:, order]
     segments, start = [], 0
-    for fmt, columns in layout:
+    for fmt, columns in layout.runs:
         groups = weight[:, start : start + columns].float().reshape(weight.shape[0], fmt.groups(columns), -1)
         params = fmt.fit(groups, None)
         codes = fmt.encode(groups, {k: v.unsqueeze(-1) for k, v in params.items()})
         segments.append(Segment(fmt, codes.view(weight.shape[0], -1), params))
         start += columns
-    return QuantizedTensor((weight.shape[0], weight.shape[1]), tuple(segments))
+    return QuantizedTensor((weight.shape[0], weight.shape[1]), tuple(segments), order)
 
 
 def quantize(

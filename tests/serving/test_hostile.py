@@ -43,6 +43,36 @@ def test_missing_packed_tensor(copied, leaf):
     assert_refused(folder, f"{LINEAR}.{leaf}", "missing", "quantize it again")
 
 
+@pytest.mark.parametrize("make, words", [
+    (lambda t: None, ("missing",)), (lambda t: t[:-1], ("got (95,)",)), (lambda t: t.int(), ("I32",)),
+    (lambda t: t.clamp(max=94), ("0 to 94", "each of 0 to 95 once")), (lambda t: t - 1, ("-1 to 94",)),
+    (lambda t: t * 300, ("each of 0 to 95 once",)),
+])
+def test_wrong_permutation(copied, make, words):
+    folder = copied("llama", exceptions={LINEAR: "perm:int4_g32"})
+    name = f"{LINEAR}.weight_perm"
+
+    def change(tensors):
+        bad = make(tensors.pop(name))
+        if bad is not None:
+            tensors[name] = bad
+
+    rewrite(folder, change)
+    assert_refused(folder, name, *words)
+
+
+def test_permutation_that_the_config_does_not_know(copied):
+    folder = copied("llama", exceptions={LINEAR: "perm:int4_g32"})
+    edit_config(folder, exceptions={})
+    assert_refused(folder, "weight_perm", "needs none")
+
+
+def test_embedding_with_a_permutation(copied):
+    folder = copied()
+    edit_config(folder, exceptions={"model.embed_tokens": "perm:int4_g32"})
+    assert_refused(folder, "model.embed_tokens", "perm:int4_g32", "never sorted")
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
 def test_missing_dense_tensor(copied, name):
     folder = copied()

@@ -95,6 +95,7 @@ def test_dequantize_while_loading(checkpoint):
 def test_exceptions_keep_and_segments(checkpoint, tmp_path):
     exceptions = {"model.layers.0.mlp.down_proj": "int8_sym_row_bf16", "lm_head": "int6_g64",
                   "model.layers.1.self_attn.q_proj": "int3_g32[32]+int8_g16[32]",
+                  "model.layers.1.self_attn.k_proj": "perm:int3_g32[32]+int8_g16[32]",
                   "model.layers.1.self_attn.o_proj": "int2_g16[16]+int4_sym_g16[32]+int1_row_f32[16]"}
     kept = "model.layers.0.self_attn.q_proj"
     folder, dense = checkpoint("llama", exceptions=exceptions, keep=(kept,))

@@ -17,7 +17,8 @@ from fewbits.quant.targets import find_targets, find_unquantizable, read_weight
 from tests.conftest import tiny_config
 from tests.serving.conftest import round_to_nearest, same_bytes
 
-LAYOUTS = ["int4_g32", "int3_sym_g16", "int8_row_bf16", "int2_g16[48]+int8_g16[16]"]
+LAYOUTS = ["int4_g32", "int3_sym_g16", "int8_row_bf16", "int2_g16[48]+int8_g16[16]", "perm:int4_g16",
+           "perm:int6_g16[16]+int3_g16[32]+int2_g16[16]"]
 
 
 def make_linear(name: str, *, rows: int = 33, bias: bool = True) -> tuple[QuantLinear, torch.Tensor]:
@@ -40,7 +41,7 @@ def test_linear_multiplies_by_what_the_codes_mean(layout):
     assert torch.equal(module.quantized().dequantize(), weight)
     assert same_bytes(module.quantized().pack(), module.packed_tensors())
     assert isinstance(module, nn.Linear) and not any(p.shape == weight.shape for p in module.parameters())
-    held = [t for _, p in module.prepared() for t in (p.operands or ()) if t is not None]
+    held = [t for _, p in module.prepared().runs for t in (p.operands or ()) if t is not None]
     held = [t for t in held if t.data_ptr() not in {p.data_ptr() for p in module.packed_tensors().values()}]
     assert all(t.numel() < weight.numel() / 8 for t in held), "a copy of the weight is kept"
 
