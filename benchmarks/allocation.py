@@ -103,6 +103,8 @@ def main() -> None:
                 print(f"{name} {b}: {error}")
                 continue
             chosen = _sequential(plan.recipe) if args.sequential else plan.recipe
+            if plan.predicted is None:  # no KL was foreseen, so none needs to be measured on held-out rows
+                chosen = chosen.model_copy(update={"budget": Budget()})
             facts = plan.to_json()
             measure(chosen, (name, b), survey_cpu_seconds=survey_seconds,
                     **{k: facts[k] for k in ("predicted", "damage", "trust", "search", "election")},
@@ -126,11 +128,11 @@ def recipe(name: str, more: dict[str, Any]) -> Recipe:
 
 
 def _autoscheme(python: str, model: Path, budgets: list[float]) -> list[dict[str, Any]]:
-    """What auto-round chooses from the menu of ``auto``, by ``peer_autoscheme.py``."""
+    """What auto-round chooses, by ``peer_autoscheme.py``; a backward pass for each format limits the menu."""
     out = protocol.RESULTS / "autoscheme.json"
     subprocess.run([
         python, str(protocol.ROOT / "benchmarks" / "peer_autoscheme.py"), "--model", str(model),
-        "--text", str(protocol.text("valid")), "--formats", *MENUS["auto"], "--bpw", *map(str, budgets),
+        "--text", str(protocol.text("valid")), "--formats", *MENUS["adaquant-ip"], "--bpw", *map(str, budgets),
         "--json", str(out), "--threads", str(torch.get_num_threads()),
     ], check=True)
     found: list[dict[str, Any]] = json.loads(out.read_text())
