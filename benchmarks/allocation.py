@@ -46,7 +46,7 @@ UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g
 def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--bpw", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--recipes", nargs="+", default=[*MENUS, "uniform"])
+    parser.add_argument("--recipes", nargs="*", default=[*MENUS, "uniform"])
     parser.add_argument("--sequential", action="store_true")
     parser.add_argument("--autoscheme", metavar="PYTHON", help="interpreter of an environment with auto-round")
     args = parser.parse_args()
