@@ -42,6 +42,28 @@ def _allocation(rows: list[Row]) -> str:
     )
 
 
+def _prediction(rows: list[Row]) -> str:
+    held = [r for r in rows if not r["point"]]
+    inside = sum(bool(r["measured"]["in_band"]) for r in held)
+    widest = max((r["predicted"]["band"][1] / r["predicted"]["band"][0] for r in held), default=0.0)
+    return _table(
+        ["budget", "stored bits per weight", "damage", "predicted", "band", "measured", "in the band"],
+        [[r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['damage']:.4f}", f"{r['predicted']['kl_mean']:.4f}",
+          "{:.4f} to {:.4f}".format(*r["predicted"]["band"]),
+          f"{r['measured']['kl_mean']:.4f} ± {r['measured']['kl_stderr']:.4f}",
+          "a run to go by" if r["point"] else "yes" if r["measured"]["in_band"] else "no"]
+         for r in sorted(rows, key=lambda r: r["budget"])],
+    ) + f"\nIn the band: {inside} of {len(held)}; bands are at most a factor {widest:.2f} from end to end.\n"
+
+
+def _trust(rows: list[Row]) -> str:
+    return _table(
+        ["damage model", "Spearman, 2 bits", "Spearman, 2 and 4 bits", "tensors", "CPU s"],
+        [[r["damage"], f"{r['rho']:.3f}", f"{r['rho_both']:.3f}", r["tensors"], f"{r['cpu_seconds']:.0f}"]
+         for r in sorted(rows, key=lambda r: -r["rho"])],
+    )
+
+
 def _speed(rows: list[Row]) -> str:
     return _table(
         ["toolkit", "bits", "CPU s", "wall s", "perplexity", "KL to the original", "peak memory"],
@@ -74,9 +96,23 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Row]], str]]] = {
         "on the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
     "allocation": (
         "Budgets",
-        "The same protocol, at equal stored bits, best first where bits are equal. Predictions are those of the damage "
-        "model without any run on this model to go by, for held-out rows of the calibration text; one survey serves "
-        "all budgets of a recipe. `python -m benchmarks.allocation`", _allocation),
+        "The same protocol, at equal stored bits, best first where bits are equal; GPTQ for all rows (plain rounding "
+        "for finequant), with one calibration of the original model, as in `fewbits sweep`. Predictions are those of "
+        "the damage model without any run on this model to go by, for held-out rows of the calibration text; one "
+        "survey serves all budgets of a recipe. AutoScheme's formats are quantized by the same GPTQ. "
+        "`python -m benchmarks.allocation`", _allocation),
+    "allocation-sequential": (
+        "Budgets, quantized in sequence",
+        "The same, with statistics that see what was quantized before, as in `fewbits quantize`. "
+        "`python -m benchmarks.allocation --sequential`", _allocation),
+    "prediction": (
+        "Predictions",
+        "Recipe auto without rivals, as in `fewbits sweep`: two runs give the constants, the other budgets are "
+        "foreseen. KL on held-out rows of the calibration text. `python -m benchmarks.prediction`", _prediction),
+    "trust": (
+        "Trust in damage models",
+        "Rank correlation with the KL of each linear quantized alone (int2_g192, int4_g64). "
+        "`python -m benchmarks.trust`", _trust),
     "speed": (
         "Time to quantize",
         "Calibration and quantization, one after the other on the same rows with the same threads; CPU seconds are "
