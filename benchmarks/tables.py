@@ -35,10 +35,12 @@ def _allocation(rows: list[Row]) -> str:
     rows = sorted(rows, key=lambda r: (r["bits_per_weight"], r["kl_mean"]))
     return _table(
         ["recipe", "budget", "stored bits per weight", "KL to the original", "predicted, held-out text",
-         "measured, held-out text", "in the band", "CPU s: survey", "allocation", "quantization"],
+         "measured, held-out text", "in the band", "CPU s: survey",
+         "quantization", "wall s: allocation", "measuring plans"],
         [[r["recipe"], r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
-          *foreseen(r), *(f"{r[k]:.0f}" if k in r else "" for k in
-                          ("survey_cpu_seconds", "allocation_cpu_seconds", "cpu_seconds"))] for r in rows],
+          *foreseen(r), *(f"{r[k]:.0f}" if k in r else "" for k in ("survey_cpu_seconds", "cpu_seconds")),
+          *(f"{r['seconds'][k]:.1f}" if k in r.get("seconds", {}) else "" for k in ("allocation", "measuring plans"))]
+         for r in rows],
     )
 
 

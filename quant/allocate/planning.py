@@ -191,7 +191,8 @@ class Planner:
         budgeted.refuse(smallest(self.menu, self._base))
         units, losses, solution, chosen, spare = self._solve(budgeted)
         choice, search_facts, election = list(solution.choice), None, None
-        want = self.recipe.allocate
+        want, seconds = self.recipe.allocate, {**self._seconds, "allocation": time.monotonic() - start}
+        start = time.monotonic()
         if want.rivals:
             choice, election = self._elect(budgeted, choice, spare)
         if want.refine == "evopress":
@@ -201,6 +202,7 @@ class Planner:
             )
         if want.rivals or search_facts:
             chosen = self._assignment(units, choice)
+            seconds["measuring plans"] = time.monotonic() - start
         facts = chosen.facts(self.streamed)
         by_name = {fact["name"]: fact for fact in facts}
         for unit, i in zip(units, choice):
@@ -218,7 +220,7 @@ class Planner:
             self._prior(chosen),
             predict_kl(damage, model, points) if in_nats(model) or points else None,
             budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,
-            {**self._seconds, "allocation": time.monotonic() - start}, self.trust, search_facts, election,
+            seconds, self.trust, search_facts, election,
         )
 
     def _by_unit(self, units: Sequence[Unit], losses: Losses) -> list[list[float]]:

@@ -261,3 +261,22 @@ def test_unknown_menu_and_damage(tiny) -> None:
         _planner(tiny("llama"), allocate__formats=["int9"])
     with pytest.raises(RecipeError, match="did you mean 'fisher'"):
         _planner(tiny("llama"), allocate__damage="fischer")
+
+
+@pytest.mark.parametrize(
+    "name, family",
+    [*((n, "llama") for n in ("auto", "baq", "layerwise-lim", "layerwise-zd", "adaquant-ip", "evopress", "luq")),
+     ("finequant", "llama"), ("finequant", "qwen3-moe"), ("auto", "qwen3-moe")],
+)
+def test_every_recipe_of_a_budget_runs_end_to_end(tiny, tmp_path: Path, name: str, family: str) -> None:
+    """Met from below with the recipe's own damage model, unit and solver; the result loads."""
+    menu = {"layerwise-lim": ["int2", "int4"], "layerwise-zd": ["int2", "int4"], "luq": ["int2", "int4"],
+            "finequant": ["int3_row", "int3_g32", "int3_g16"]}.get(name, ["int2", "int3", "int4", "int8"])
+    overrides = {"calibration.samples": 12, "calibration.seqlen": 32, "allocate.formats": menu,
+                 "allocate.generations": 2, "allocate.offspring": 4, "budget.bpw": 4.0}
+    made = fewbits.quantize(tiny(family), tmp_path / "out", recipe=name, overrides=overrides)
+    formats = {f["format"] for f in _facts(tmp_path / "out") if f["linear"] and f["name"].count(".") > 3}
+    assert len(formats) > 1, "a budget between two formats takes both"
+    assert 3.2 < made.bits_per_weight <= 4.0
+    assert made.measured is not None and made.measured["kl_mean"] > 0
+    assert fewbits.load(tmp_path / "out")(torch.arange(3, 19)[None]).logits.isfinite().all()
