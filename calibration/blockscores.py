@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.calibration.collect import HIDDEN_LIMIT_BYTES, model_inputs
-from fewbits.calibration.stream import HiddenStates
+from fewbits.calibration.hidden import HiddenStates
 from fewbits.calibration.survey import Survey
 from fewbits.quant.errors import CalibrationError
 

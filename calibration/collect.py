@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from fewbits.calibration.block import Block, Call
 from fewbits.calibration.data import CalibrationSet
+from fewbits.calibration.hidden import HiddenStates
 from fewbits.calibration.lint import lint_experts, lint_tokens
 from fewbits.calibration.lockstep import Closed, PausedPass
 from fewbits.calibration.stats import Gram
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import BATCH_TOKENS, Block, Call, HiddenStates, Inputs, StreamedModel
+from fewbits.calibration.stream import BATCH_TOKENS, Inputs, StreamedModel
 from fewbits.quant.errors import CalibrationError
 from fewbits.quant.recipe import Recipe
 from fewbits.quant.targets import Target

@@ -7,25 +7,21 @@ transformers can load needs nothing here.
 
 from __future__ import annotations
 
-import copy
 import re
-import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration.stats import InputTap, OnInput
+from fewbits.calibration.block import Block, Call
+from fewbits.calibration.stats import InputTap
 from fewbits.quant.architecture import auto_class
 from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
-from fewbits.quant.targets import Target, as_matrix, find_targets, read_weight
+from fewbits.quant.targets import Target, find_targets, read_weight
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass; changes results by float rounding only."""
@@ -33,54 +29,6 @@ BATCH_TOKENS = 2048
 
 Inputs = Tensor | Mapping[str, Tensor]
 """What a model is called with: token ids ``(B, L)``, or all its arguments by name, as a processor makes them."""
-
-
-class HiddenStates:
-    """The hidden states of every batch between two blocks, in memory up to a limit and on disk beyond it."""
-
-    def __init__(self, batches: list[Tensor], limit_bytes: int, folder: Path | None) -> None:
-        self.shapes = [tuple(b.shape) for b in batches]
-        self.dtype = batches[0].dtype
-        self.device = batches[0].device
-        sizes = [b.numel() * b.element_size() for b in batches]
-        self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._file = None
-        if sum(sizes) > limit_bytes:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the object
-        self._memory: list[Tensor] = [] if self._file else list(batches)
-        if self._file:
-            for i, batch in enumerate(batches):
-                self[i] = batch
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    @property
-    def spilled(self) -> bool:
-        return self._file is not None
-
-    def __getitem__(self, i: int) -> Tensor:
-        if self._file is None:
-            return self._memory[i]
-        self._file.seek(self._offsets[i])
-        size = torch.Size(self.shapes[i]).numel() * self.dtype.itemsize
-        raw = torch.from_numpy(np.frombuffer(bytearray(self._file.read(size)), dtype=np.uint8))
-        return raw.view(self.dtype).view(self.shapes[i]).to(self.device)
-
-    def __setitem__(self, i: int, value: Tensor) -> None:
-        if self._file is None:
-            self._memory[i] = value
-            return
-        self._file.seek(self._offsets[i])
-        self._file.write(value.detach().to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-
-@dataclass
-class Call:
-    """What a block is called with beside the hidden states: recorded once, replayed for every pass."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 def one_expert_at_a_time(model: Any) -> None:
@@ -416,77 +364,3 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 class _Seen(Exception):
     """Everything that was wanted of this forward pass has been seen."""
-
-
-@dataclass
-class Block:
-    """A decoder block in memory.
-
-    Attributes:
-        targets: what can be quantized in it, in module order.
-        weights: the original weights ``(N, K)`` of the targets, in the dtype of the source.
-        converted: tensors that transformers merged or split on loading, by module tree name.
-    """
-
-    name: str
-    index: int
-    module: nn.Module
-    targets: list[Target]
-    weights: dict[str, Tensor]
-    converted: dict[str, Tensor]
-    model: nn.Module
-    _groups: list[list[str]] | None = field(default=None, repr=False)
-
-    def run(self, hidden: Tensor, call: Call, module: nn.Module | None = None) -> Tensor:
-        """The block's output for hidden states ``(B, L, d)``."""
-        with torch.no_grad():
-            out = (module or self.module)(hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-    def install(self, name: str, dense: Tensor) -> None:
-        """Put a weight ``(N, K)`` in place of a target's, in the compute dtype."""
-        target = next(t for t in self.targets if t.name == name)
-        read_weight(self.model, target).copy_(dense)
-
-    def original(self) -> nn.Module:
-        """A copy of the module as it is now (before anything is installed)."""
-        return copy.deepcopy(self.module)
-
-    def _watched(self, module: nn.Module) -> dict[int, str]:
-        out = {}
-        for t in self.targets:
-            owner = module.get_submodule(t.module_path[len(self.name) + 1 :]) if t.module_path != self.name else module
-            out[as_matrix(getattr(owner, t.param_name), t).data_ptr()] = t.name
-        return out
-
-    def shared_inputs(self, hidden: Tensor, call: Call) -> list[list[str]]:
-        """Targets grouped by the tensor that they read, in the order in which they are called.
-
-        Experts that see no token of this batch come last, each by itself.
-        """
-        if self._groups is None:
-            groups: dict[int, list[str]] = {}
-            keep: list[Tensor] = []  # ids are unique only among tensors that are alive
-
-            def see(name: str, x: Tensor, tokens: Tensor) -> None:
-                keep.append(x)
-                group = groups.setdefault(id(x), [])
-                if name not in group:
-                    group.append(name)
-
-            self.watch(hidden, call, see)
-            seen = {n for g in groups.values() for n in g}
-            unseen = [t.name for t in self.targets if t.name not in seen]
-            for t in self.targets:
-                if t.name in unseen and t.kind != "expert":
-                    raise ModelError(f"{t.name}: the block never multiplies by it in a way that can be seen; keep it")
-            self._groups = [*groups.values(), *([n] for n in unseen)]
-        return self._groups
-
-    def watch(self, hidden: Tensor, call: Call, on_input: OnInput, module: nn.Module | None = None) -> Tensor:
-        """The block's output, with ``on_input(name, x, tokens)`` called for every target before it multiplies ``x``."""
-        experts = {t.name for t in self.targets if t.kind == "expert"}
-        with InputTap(
-            self._watched(module or self.module), on_input, hidden.shape[0] * hidden.shape[1], routed=experts
-        ):
-            return self.run(hidden, call, module)

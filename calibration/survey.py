@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import fewbits
+from fewbits.calibration.block import Block
 from fewbits.calibration.collect import Collector
 from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.feedback import column_shares
 from fewbits.calibration.findings import Findings
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import Block, StreamedModel, one_expert_at_a_time
+from fewbits.calibration.stream import StreamedModel, one_expert_at_a_time
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Quantizer

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.calibration.block import Block
 from fewbits.calibration.collect import Collector, require_consistent
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.calibration.stream import StreamedModel
 from fewbits.eval.models import choose_device
 from fewbits.eval.speed import peak_rss_bytes
 from fewbits.quant.allocate.menu import require_readable

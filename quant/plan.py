@@ -21,7 +21,8 @@ from fewbits.quant.targets import Target
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Stored, proxy_loss
 
 if TYPE_CHECKING:
-    from fewbits.calibration.stream import Block, StreamedModel
+    from fewbits.calibration.block import Block
+    from fewbits.calibration.stream import StreamedModel
 
 log = logging.getLogger(__name__)
 

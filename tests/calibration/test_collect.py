@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fewbits.calibration import collect
+from fewbits.calibration.block import Block
 from fewbits.calibration.collect import Collector, make_batches
 from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.stored import StoredStats
-from fewbits.calibration.stream import Block, StreamedModel
+from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.errors import CalibrationError, CheckpointError
 from fewbits.quant.formats import parse_layout
 from fewbits.quant.quantizers.gptq import GPTQ

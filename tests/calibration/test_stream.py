@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fewbits.calibration.stream import HiddenStates, StreamedModel, find_blocks
+from fewbits.calibration.hidden import HiddenStates
+from fewbits.calibration.stream import StreamedModel, find_blocks
 from fewbits.quant.errors import FewbitsError, ModelError
 from fewbits.quant.source import open_source
 from fewbits.quant.targets import read_weight
