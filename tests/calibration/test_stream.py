@@ -113,7 +113,8 @@ def test_lower_precision(tmp_path: Path) -> None:
     """Weights come in the dtype of the source; the forward pass runs in the dtype asked for."""
     path = save_tiny_model(tmp_path, "llama", dtype=torch.bfloat16)
     model = streamed(path)
-    block = next(model.blocks())
+    blocks = model.blocks()
+    block = next(blocks)
     assert all(w.dtype == torch.bfloat16 for w in block.weights.values())
     assert all(p.dtype == torch.float32 for p in block.module.parameters())
     low = run_through(streamed(path, torch.bfloat16))
@@ -185,7 +186,8 @@ def test_experts_are_groups_of_their_own_and_none_is_lost(tiny) -> None:
     model = streamed(tiny("qwen3-moe"))
     with model.outer():
         hidden, calls = model.first_inputs([torch.tensor([[5]])])  # one token: two of four experts see nothing
-    block = next(model.blocks())
+    blocks = model.blocks()
+    block = next(blocks)
     groups = block.shared_inputs(hidden[0], calls[0][0])
     assert sorted(n for g in groups for n in g) == sorted(t.name for t in block.targets)
     assert all(len(g) == 1 for g in groups if ".experts." in g[0])
