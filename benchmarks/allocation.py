@@ -38,8 +38,10 @@ MENUS = {
 }
 MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
-MENUS["baq-columns"] = ["int2", "int3", "int4", "int5", "int6", "int8"]
-MORE = {"evopress": {"allocate.generations": 10}, "baq": {"allocate.unit": "tensor"}}
+MENUS["baq-columns"] = MENUS["baq-within"] = MENUS["auto-columns"] = ["int2", "int3", "int4", "int5", "int6", "int8"]
+MORE = {"evopress": {"allocate.generations": 10}, "baq": {"allocate.unit": "tensor", "allocate.damage": "baq"},
+        "baq-columns": {"allocate.damage": "baq"}, "baq-within": {"allocate.damage": "baq-within"},
+        "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []}}
 UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
@@ -122,7 +124,8 @@ def _sequential(recipe: Recipe) -> Recipe:
 
 def recipe(name: str, more: dict[str, Any]) -> Recipe:
     """A recipe on the protocol's calibration, with statistics of the original model."""
-    return load_recipe(name.removesuffix("-columns"), {**_overrides(), **MORE.get(name, {}), **more})
+    base = name.removesuffix("-columns").removesuffix("-within")
+    return load_recipe(base, {**_overrides(), **MORE.get(name, {}), **more})
 
 
 def _autoscheme(python: str, model: Path, budgets: list[float]) -> list[dict[str, Any]]:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fewbits.calibration.blockscores import block_scores
 from fewbits.calibration.curvature import output_curvature
-from fewbits.calibration.feedback import conditional_curvature, feedback_damage, rounded, sample_rows
+from fewbits.calibration.feedback import (
+    column_shares,
+    conditional_curvature,
+    feedback_damage,
+    rounded,
+    sample_rows,
+)
 from fewbits.calibration.meter import KLMeter
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.targets import as_matrix, find_targets, read_weight
@@ -98,6 +104,22 @@ def baq(job: Survey) -> Losses:
             w = block.weights[name].float()
             spread = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)).square().sum()
             c = float(conditional_curvature(stats[name])[0].sum() * spread) / 24
+            out[name] = {e: c * 4.0 ** -_width(layout) for e, layout in job.menu[name].items()}
+    return out
+
+
+def baq_within(job: Survey) -> Losses:
+    """BAQ as its paper allocates: ``baq`` with every matrix scaled so that all get the same mean width.
+
+    At the optimum each group has ``c_group 2^-2b`` in proportion to its weights; dividing by the geometric mean of a
+    matrix's own groups leaves only what sets them apart from one another.
+    """
+    out: Losses = {}
+    for block, stats in job.blocks():
+        for name in stats.keys() & job.menu.keys():
+            shares = column_shares(stats[name], job.recipe.allocate.column_group)
+            mean = math.exp(sum(math.log(max(s, 1e-30)) for s in shares) / len(shares))
+            c = block.weights[name].numel() / len(shares) / mean
             out[name] = {e: c * 4.0 ** -_width(layout) for e, layout in job.menu[name].items()}
     return out
 
@@ -232,8 +254,8 @@ def measured_alone(
 
 
 DAMAGE: dict[str, Callable[[Survey], Losses]] = {
-    "measured": measured, "fisher": fisher, "hessian": hessian, "baq": baq, "weights": weights, "lim": lim, "zd": zd,
-    "entropy": entropy, "gradient": gradient, "kl": kl,
+    "measured": measured, "fisher": fisher, "hessian": hessian, "baq": baq, "baq-within": baq_within,
+    "weights": weights, "lim": lim, "zd": zd, "entropy": entropy, "gradient": gradient, "kl": kl,
 }
 
 

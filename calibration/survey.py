@@ -34,19 +34,19 @@ class Survey:
 
     Attributes:
         menu: layouts to judge, by tensor of the decoder blocks and entry.
-        ends: the same for embedding and head, where they have a choice.
         text: calibration rows; None only for models that look at weights alone.
         stored: statistics of the original model on disk: read if they are complete, else written.
+        ends: formats to judge for embedding and head, where they have a choice.
     """
 
     streamed: StreamedModel
     recipe: Recipe
     menu: Mapping[str, Mapping[str, Layout]]
-    ends: Mapping[str, Mapping[str, Layout]]
     text: CalibrationSet | None
     stored: StoredStats | None
     seed: int
     progress: Progress
+    ends: Mapping[str, Mapping[str, Layout]] = field(default_factory=dict)
     _groups: list[list[str]] = field(default_factory=list)
     _head: LayerStats | None = None
     _shares: dict[str, list[float]] = field(default_factory=dict)

@@ -142,7 +142,7 @@ def _entries(
             continue
         if not engine.reads(layout):
             raise _unreadable("--formats", name, layout, want)
-        if want.damage == "baq" and min(fmt.code_bits for fmt, _ in layout.runs) < 2:
+        if want.damage.startswith("baq") and min(fmt.code_bits for fmt, _ in layout.runs) < 2:
             raise RecipeError(f"--formats: got {layout_name(layout)} ({name}), BAQ's closed form needs 2 bits or more "
                               "(one step over the range is no better than none); leave it out")
         found[entry] = layout

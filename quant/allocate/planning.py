@@ -153,7 +153,7 @@ class Planner:
             stored = StoredStats(Path(self._folder.name), {})
         inside = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
         ends = {n: own for n, own in self.menu.items() if n not in inside}
-        self.job = job = Survey(self.streamed, self.recipe, inside, ends, text, stored, self.seed, self._progress)
+        self.job = job = Survey(self.streamed, self.recipe, inside, text, stored, self.seed, self._progress, ends)
         self.losses = measure(job, want.damage)
         self.shares = job.shares() if want.unit == "columns" else {}
         groups = job.groups() if ENGINES[want.target].fused else []

@@ -29,7 +29,7 @@ def _survey(path, **overrides: object) -> Survey:
     recipe = load_recipe("auto", {**settings, **{k.replace("__", "."): v for k, v in overrides.items()}})
     streamed = StreamedModel(open_source(path), dtype=torch.float32, device=torch.device("cpu"))
     text, _ = load_text(recipe, streamed, 0, held_out=False)
-    return Survey(streamed, recipe, build_menu(recipe, streamed), {}, text, None, 0, lambda *a: None)
+    return Survey(streamed, recipe, build_menu(recipe, streamed), text, None, 0, lambda *a: None)
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))

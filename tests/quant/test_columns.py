@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_costs_of_groups_add_up_to_the_bytes_of_the_merged_layout(wide) -> None:
 def test_baq_judges_groups_by_their_own_columns(tiny) -> None:
     """``c_group = sum_{j in group} D_j sum_i range_i^2 / 24``, columns sorted; both units have one form."""
     planner = surveyed(tiny("llama"))
-    job = Survey(planner.streamed, planner.recipe, planner.menu, {}, None, planner.job.stored, 0, lambda *a: None)
+    job = Survey(planner.streamed, planner.recipe, planner.menu, None, planner.job.stored, 0, lambda *a: None)
     job.text = planner.job.text
     for block, stats in job.blocks():
         for name, own in stats.items():
@@ -160,7 +161,7 @@ def test_baq_judges_groups_by_their_own_columns(tiny) -> None:
                     damage = planner._part(unit, name) * planner.losses[name][entry]
                     assert damage == pytest.approx(c * 4.0**-bits, rel=1e-4)
     whole = planner_of(tiny("llama"), allocate__unit="tensor")
-    tensors = Survey(whole.streamed, whole.recipe, whole.menu, {}, job.text, None, 0, lambda *a: None)
+    tensors = Survey(whole.streamed, whole.recipe, whole.menu, job.text, None, 0, lambda *a: None)
     for name, entries in measure(tensors, "baq").items():
         for entry, damage in entries.items():
             assert damage == pytest.approx(planner.losses[name][entry], rel=1e-4)
@@ -333,3 +334,13 @@ def test_layouts_are_cut_and_joined() -> None:
     rows = parse_layout("int4_row", 32)
     assert len(Layout.join([rows, rows]).runs) == 2  # two rows of parameters are not one
     assert dataclasses.replace(layout, permuted=False) != layout
+
+
+def test_within_a_matrix_every_matrix_gets_the_same_mean(tiny) -> None:
+    """What the paper does: groups compete with those of their own matrix; across matrices nothing moves."""
+    within = surveyed(tiny("llama"), allocate__damage="baq-within")
+    shares = within.shares
+    for name, own in within.losses.items():
+        logs = [math.log(share * own["int2"]) for share in shares[name]]
+        weights = math.prod(within.streamed.targets[name].shape) / len(logs)
+        assert sum(logs) / len(logs) == pytest.approx(math.log(weights * 4.0**-2), abs=1e-6)
