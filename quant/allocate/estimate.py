@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import psutil
@@ -47,12 +49,25 @@ def estimate_run(
     """
     rows = 0 if text is None else max(1, BATCH_TOKENS // text.tokens.shape[1])
     few = None if text is None else replace(text, tokens=text.tokens[:rows], mask=text.mask[:rows], images=None)
-    calibrating, quantizing = _trial(streamed, recipe, assignment, few)
+    with _quiet():
+        calibrating, quantizing = _trial(streamed, recipe, assignment, few)
     blocks = len(streamed.block_modules)
     batches = 0 if text is None else text.n_rows / rows
     judging = 2 * calibrating * (HELD_OUT_ROWS / rows) if rows else 0.0
     passes = 0.0 if stored else calibrating * batches
     return RunEstimate(blocks * (passes + quantizing + judging), _peak(streamed, recipe, assignment, text))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What a trial on too little text warns of is of no concern."""
+    logger = logging.getLogger("fewbits.quant.quantizers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _trial(

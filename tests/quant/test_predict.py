@@ -38,3 +38,8 @@ def test_nothing_changed_costs_nothing() -> None:
     assert predict_kl(0.0, "fisher").kl == 0
     known, unknown = prior(1e9, 1e13, [(1, 3.0)]), prior(1e9, None, [(1, 3.0)])
     assert unknown.high / unknown.low > known.high / known.low
+
+
+def test_mixed_widths_lie_between_their_mean_and_the_mean_of_their_losses() -> None:
+    mixed, uniform = prior(1e9, 1e13, [(1, 2.0), (1, 4.0)]), prior(1e9, 1e13, [(2, 3.0)])
+    assert mixed.low == pytest.approx(uniform.low) and mixed.high > 4 * uniform.high
