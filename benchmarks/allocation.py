@@ -29,7 +29,8 @@ BUDGETS = [2.25, 2.5, 3.0, 3.5, 4.25]
 MENUS = {
     "auto": ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64",
              "int5_g64", "int6_g64", "int8_g64"],
-    "baq": ["int2_g192", "int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
+    "baq": ["int2", "int3", "int4", "int5", "int6", "int8"],
+    "baq-matrices": ["int2_g192", "int2_g64", "int3_g64", "int4_g64", "int5_g64", "int6_g64", "int8_g64"],
     "adaquant-ip": ["int2_g192", "int3_g64", "int4_g64", "int6_g64"],
     "layerwise-lim": ["int2_g192", "int4_g64"], "layerwise-zd": ["int2_g192", "int4_g64"],
     "luq": ["int2_g192", "int4_g64"],
@@ -38,10 +39,14 @@ MENUS = {
 }
 MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
-MENUS["baq-columns"] = MENUS["baq-within"] = MENUS["auto-columns"] = ["int2", "int3", "int4", "int5", "int6", "int8"]
-MORE = {"evopress": {"allocate.generations": 10}, "baq": {"allocate.unit": "tensor", "allocate.damage": "baq"},
-        "baq-columns": {"allocate.damage": "baq"}, "baq-within": {"allocate.damage": "baq-within"},
-        "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []}}
+MENUS["baq-across"] = MENUS["auto-columns"] = MENUS["baq"]
+MORE: dict[str, dict[str, Any]] = {
+    "evopress": {"allocate.generations": 10},
+    "baq-across": {"allocate.damage": "baq"}, "baq-matrices": {"allocate.damage": "baq", "allocate.unit": "tensor"},
+    "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []},
+}
+"""What a row changes in the recipe that it is named after."""
+
 UNIFORM = ["int2_g192", "int2_g64", "int2_g32", "int3_g192", "int3_g64", "int3_g32", "int4_g192", "int4_g64"]
 
 
@@ -124,7 +129,7 @@ def _sequential(recipe: Recipe) -> Recipe:
 
 def recipe(name: str, more: dict[str, Any]) -> Recipe:
     """A recipe on the protocol's calibration, with statistics of the original model."""
-    base = name.removesuffix("-columns").removesuffix("-within")
+    base = "baq" if name.startswith("baq") else name.removesuffix("-columns")
     return load_recipe(base, {**_overrides(), **MORE.get(name, {}), **more})
 
 

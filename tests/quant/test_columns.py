@@ -146,7 +146,7 @@ def test_costs_of_groups_add_up_to_the_bytes_of_the_merged_layout(wide) -> None:
 
 def test_baq_judges_groups_by_their_own_columns(tiny) -> None:
     """``c_group = sum_{j in group} D_j sum_i range_i^2 / 24``, columns sorted; both units have one form."""
-    planner = surveyed(tiny("llama"))
+    planner = surveyed(tiny("llama"), allocate__damage="baq")
     job = Survey(planner.streamed, planner.recipe, planner.menu, None, planner.job.stored, 0, lambda *a: None)
     job.text = planner.job.text
     for block, stats in job.blocks():
@@ -160,7 +160,7 @@ def test_baq_judges_groups_by_their_own_columns(tiny) -> None:
                 for entry, bits in (("int2", 2), ("int4", 4)):
                     damage = planner._part(unit, name) * planner.losses[name][entry]
                     assert damage == pytest.approx(c * 4.0**-bits, rel=1e-4)
-    whole = planner_of(tiny("llama"), allocate__unit="tensor")
+    whole = planner_of(tiny("llama"), allocate__unit="tensor", allocate__damage="baq")
     tensors = Survey(whole.streamed, whole.recipe, whole.menu, job.text, None, 0, lambda *a: None)
     for name, entries in measure(tensors, "baq").items():
         for entry, damage in entries.items():
