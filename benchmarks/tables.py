@@ -45,17 +45,21 @@ def _allocation(rows: list[Row]) -> str:
 
 
 def _prediction(rows: list[Row]) -> str:
+    def inside(r: Row) -> bool:
+        low, high = r["predicted"]["band"]
+        return bool(low <= r["measured"]["kl_mean"] <= high)
+
     held = [r for r in rows if not r["point"]]
-    inside = sum(bool(r["measured"]["in_band"]) for r in held)
     widest = max((r["predicted"]["band"][1] / r["predicted"]["band"][0] for r in held), default=0.0)
     return _table(
         ["budget", "stored bits per weight", "damage", "predicted", "band", "measured", "in the band"],
         [[r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['damage']:.4f}", f"{r['predicted']['kl_mean']:.4f}",
           "{:.4f} to {:.4f}".format(*r["predicted"]["band"]),
           f"{r['measured']['kl_mean']:.4f} ± {r['measured']['kl_stderr']:.4f}",
-          "a run to go by" if r["point"] else "yes" if r["measured"]["in_band"] else "no"]
+          "a run to go by" if r["point"] else "yes" if inside(r) else "no"]
          for r in sorted(rows, key=lambda r: r["budget"])],
-    ) + f"\nIn the band: {inside} of {len(held)}; bands are at most a factor {widest:.2f} from end to end.\n"
+    ) + (f"\nIn the band: {sum(map(inside, held))} of {len(held)}; bands are at most a factor {widest:.2f} from end to "
+         "end.\n")
 
 
 def _trust(rows: list[Row]) -> str:
