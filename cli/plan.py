@@ -99,6 +99,8 @@ def plan(
     show_table(_table(data))
     say(f"{made.bits_per_weight:.3f} bits per weight in the decoder blocks, {made.bits_per_weight_total:.3f} over all, "
         f"{made.bytes} bytes of weight files, planned in {made.seconds['total']:.0f} s")
+    for warning in made.warnings:
+        say(f"warning: {warning}")
     if made.footprint is not None:
         f = made.footprint
         say(f"memory: {f.total / 1e6:.1f} MB = weights {f.weights / 1e6:.1f} + KV cache {f.kv_cache / 1e6:.1f} + "

@@ -51,6 +51,7 @@ class Plan:
         search: what a refinement changed.
         election: KL measured of each plan that was proposed, the least of which is this one.
         run: time and memory that carrying it out will take, where that was asked for.
+        warnings: what the calibration lint found.
     """
 
     recipe: Recipe
@@ -68,6 +69,7 @@ class Plan:
     search: dict[str, Any] | None = None
     election: dict[str, float] | None = None
     run: RunEstimate | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,7 +81,7 @@ class Plan:
             "footprint": None if self.footprint is None else dict(self.footprint.__dict__, total=self.footprint.total),
             "trust": None if self.trust is None else self.trust.to_json(), "search": self.search,
             "election": self.election, "run": None if self.run is None else self.run.to_json(),
-            "seconds": self.seconds, "tensors": self.facts,
+            "seconds": self.seconds, "warnings": self.warnings, "tensors": self.facts,
         }
 
 
@@ -107,6 +109,7 @@ class Planner:
         self.menu: Menu = build_menu(recipe, streamed)
         self._base = assign(recipe.model_copy(update={"plan": {}}), streamed)
         self._seconds: dict[str, float] = {}
+        self._warnings: list[str] = []
         self.losses: Losses = {}
         self.trust: Trust | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -154,6 +157,7 @@ class Planner:
         inside = {n: own for n, own in self.menu.items() if self.streamed.block_index(n) is not None}
         ends = {n: own for n, own in self.menu.items() if n not in inside}
         self.job = job = Survey(self.streamed, self.recipe, inside, text, stored, self.seed, self._progress, ends)
+        self._warnings = [] if text is None else list(text.warnings)
         self.losses = measure(job, want.damage)
         self.shares = job.shares() if want.unit == "columns" else {}
         groups = job.groups() if ENGINES[want.target].fused else []
@@ -221,6 +225,7 @@ class Planner:
             predict_kl(damage, model, points) if in_nats(model) or points else None,
             budgeted.footprint(chosen) if budgeted.kind == "fits_in" else None, solution.price,
             seconds, self.trust, search_facts, election,
+            warnings=self._warnings,
         )
 
     def _by_unit(self, units: Sequence[Unit], losses: Losses) -> list[list[float]]:
