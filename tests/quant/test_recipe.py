@@ -36,7 +36,7 @@ CHANGES: dict[str, Any] = {
     "budget.bpw": 3.0, "budget.bpw_total": 5.0, "budget.size": 1000, "budget.fits_in": 1000, "budget.ctx": 8,
     "budget.batch": 2, "allocate.damage": "kl", "allocate.formats": ["int4"], "allocate.unit": "block",
     "allocate.target": "vllm", "allocate.refine": "evopress", "allocate.generations": 3, "allocate.offspring": 3,
-    "allocate.trust": 3, "allocate.column_group": 32,
+    "allocate.trust": 3, "allocate.column_group": 32, "allocate.rivals": ["fisher"],
 }
 OTHER_BUDGETS = ("budget.bpw_total", "budget.size", "budget.fits_in")
 """A recipe can have one budget."""

@@ -165,7 +165,7 @@ def test_index_that_is_none(copied, text):
 
 @pytest.mark.parametrize("key, value", [
     ("format_version", 2), ("format_version", "1"), ("format_version", True), ("format_version", 0),
-    ("default", 4), ("default", None), ("default", ""), ("default", "int4_g64" * 1000),
+    ("default", 4), ("default", None), ("default", ""), ("default", "int4_g64" * 10_000),
     ("exceptions", ["int4_g32"]), ("exceptions", {LINEAR: 8}), ("exceptions", {LINEAR: {"bits": 4}}),
     ("keep", "lm_head"), ("keep", [1]), ("keep", {"lm_head": 1}), ("dequantize", "yes"), ("kepe", ["lm_head"]),
 ])
