@@ -84,7 +84,8 @@ class Survey:
     def quantized(self, wanted: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, QuantizedTensor]]:
         """``(tensor, entry, codes)`` for each wanted entry of each tensor, all else being the original."""
         quantizer = self.recipe.make_quantizer()
-        for block, stats in self.blocks():
+        known = self._head is not None and not self.menu.keys() & wanted.keys()  # by an earlier pass: none is needed
+        for block, stats in () if known else self.blocks():
             for name in sorted(stats.keys() & wanted.keys()):
                 yield from self._entries(quantizer, name, block.weights[name], stats[name], wanted[name])
         for name in [n for n in self.ends if n in wanted]:
