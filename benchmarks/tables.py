@@ -32,7 +32,7 @@ def _allocation(rows: list[Row]) -> str:
         return [f"{p['kl_mean']:.3f} ({low:.3f} to {high:.3f})", f"{held['kl_mean']:.3f}",
                 "yes" if low <= held["kl_mean"] <= high else "no"]
 
-    rows = sorted(rows, key=lambda r: (r["bits_per_weight"], r["kl_mean"]))
+    rows = sorted(rows, key=lambda r: (round(r["bits_per_weight"], 2), r["kl_mean"]))
     return _table(
         ["recipe", "budget", "stored bits per weight", "KL to the original", "predicted, held-out text",
          "measured, held-out text", "in the band", "CPU s: survey",
