@@ -66,6 +66,8 @@ def main() -> None:
 
     def measure(chosen: Recipe, key: tuple[str, float | str], **more: Any) -> None:
         out = protocol.RESULTS / "checkpoints" / f"{bench}-{key[0]}"
+        if args.sequential:
+            chosen = _sequential(chosen)
         made = fewbits.quantize(source, out, recipe=chosen, force=True, stats=None if args.sequential else stats)
         scores = fewbits.evaluate(
             out, baseline=baseline, text=[protocol.text("test")], window=protocol.WINDOW, limit=protocol.KL_WINDOWS,
@@ -86,15 +88,13 @@ def main() -> None:
     for found in _autoscheme(args.autoscheme, baseline, todo) if todo else []:
         rules = [{"match": name, "format": fmt} for name, fmt in found["formats"].items()]
         chosen = recipe("gptq", {"rules": rules})
-        measure(_sequential(chosen) if args.sequential else chosen, (AUTOSCHEME, found["budget"]),
-                survey_cpu_seconds=found["cpu_seconds"])
+        measure(chosen, (AUTOSCHEME, found["budget"]), survey_cpu_seconds=found["cpu_seconds"])
     for name in args.recipes:
         if name == "uniform":
             for fmt in UNIFORM:
                 if not known(name, fmt):
                     rules = [{"match": "model.layers.*", "format": fmt}]
-                    uniform = recipe("gptq", {"rules": rules})
-                    measure(_sequential(uniform) if args.sequential else uniform, (name, fmt))
+                    measure(recipe("gptq", {"rules": rules}), (name, fmt))
             continue
         budgets = [b for b in args.bpw if not known(name, b)]
         if not budgets:
@@ -108,7 +108,7 @@ def main() -> None:
             except fewbits.FewbitsError as error:
                 print(f"{name} {b}: {error}")
                 continue
-            chosen = _sequential(plan.recipe) if args.sequential else plan.recipe
+            chosen = plan.recipe
             if plan.predicted is None:  # no KL was foreseen, so none needs to be measured on held-out rows
                 chosen = chosen.model_copy(update={"budget": Budget()})
             facts = plan.to_json()

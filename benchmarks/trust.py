@@ -13,7 +13,7 @@ import time
 from scipy.stats import spearmanr
 
 from benchmarks import allocation, protocol
-from fewbits.calibration.sensitivity import DAMAGE, measure, measured_alone, single_meter
+from fewbits.calibration.sensitivity import DAMAGE, measure, measured_alone
 from fewbits.quant.allocate.run import prepare_planner
 
 MENU = ["int2_g192", "int4_g64"]
@@ -26,7 +26,7 @@ def main() -> None:
     recipe = allocation.recipe("auto", {"allocate.formats": MENU, "allocate.rivals": [], "allocate.damage": "fisher"})
     planner, _ = prepare_planner(protocol.real_model(), recipe, None, protocol.RESULTS / "stats", None, None, 0, None)
     job = planner.job
-    alone = {(n, e): kl for n, e, kl in measured_alone(job, single_meter(job), job.menu)}
+    alone = {(n, e): kl for n, e, kl in measured_alone(job, job.menu)}
     rows = []
     for name in args.models:
         start = time.process_time()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.quantizers.fit import fit_layout
-from fewbits.quant.quantizers.gptq import reverse_cholesky
+from fewbits.quant.quantizers.gptq import reverse_cholesky, revived
 from fewbits.quant.types import LayerStats, Layout, natural_columns
 
 SAMPLED_ROWS = 128
@@ -27,9 +27,7 @@ def conditional_curvature(stats: LayerStats, damp: float = 0.01) -> tuple[Tensor
     Each is by column, in the columns' own order. A dead input has no D: what multiplies it changes nothing.
     """
     diagonal = stats.xtx.diagonal() / max(stats.n_tokens, 1)
-    dead = diagonal <= 0
-    alive = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
-    importance = torch.where(dead, alive, diagonal)
+    dead, importance = diagonal <= 0, revived(diagonal)
     order = torch.argsort(importance, descending=True, stable=True)
     lower, _ = reverse_cholesky(stats.xtx, max(stats.n_tokens, 1), order, damp)
     conditional = torch.empty_like(importance)

@@ -66,7 +66,7 @@ def measured(job: Survey) -> Losses:
         _, other = min((abs(math.log(max(d, 1e-30) / goal)), e) for e, d in own.items())
         anchors[name] = list(dict.fromkeys((worst, other)))
     factors: dict[str, list[tuple[float, float]]] = {}
-    for name, entry, found in measured_alone(job, single_meter(job), anchors):
+    for name, entry, found in measured_alone(job, anchors):
         foreseen = max(losses[name][entry], 1e-30)
         factor = min(max(found / foreseen, 1 / MOST_OFF), MOST_OFF)
         factors.setdefault(name, []).append((math.log(foreseen), math.log(factor)))
@@ -221,22 +221,19 @@ def gradient(job: Survey) -> Losses:
 
 def kl(job: Survey) -> Losses:
     """KL measured with one tensor quantized at a time: the truth for each, at a forward pass for every option."""
-    meter = single_meter(job)
     out: Losses = {name: {} for name in job.menu}
-    for name, entry, found in measured_alone(job, meter, job.menu):
+    for name, entry, found in measured_alone(job, job.menu):
         out[name][entry] = max(found, 0.0)
     return out
 
 
-def single_meter(job: Survey) -> KLMeter:
+def _single_meter(job: Survey) -> KLMeter:
     """KL on the few rows that single tensors are measured on."""
     return KLMeter(job.dense_model(), [row[:MEASURED_LENGTH] for row in job.rows(CURVATURE_ROWS)[-MEASURED_ROWS:]])
 
 
-def measured_alone(
-    job: Survey, meter: KLMeter, wanted: Mapping[str, Iterable[str]]
-) -> Iterator[tuple[str, str, float]]:
-    """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone."""
+def measured_alone(job: Survey, wanted: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str, float]]:
+    """``(tensor, entry, KL)`` for each wanted entry of each tensor, quantized alone. What is known is not measured."""
     todo: dict[str, list[str]] = {}
     for name, entries in wanted.items():
         for entry in entries:
@@ -245,8 +242,10 @@ def measured_alone(
                 todo.setdefault(name, []).append(entry)
             else:
                 yield name, entry, known
-    total = sum(map(len, todo.values()))
-    for done, (name, entry, made) in enumerate(job.quantized(todo) if todo else (), 1):
+    if not todo:
+        return
+    meter, total = _single_meter(job), sum(map(len, todo.values()))
+    for done, (name, entry, made) in enumerate(job.quantized(todo), 1):
         found = meter.measure({name: made.dequantize()})
         job.findings.add("alone", name, job.layout(name, entry), found)
         yield name, entry, found
@@ -271,6 +270,6 @@ def measure(job: Survey, damage: str) -> Losses:
     losses = DAMAGE[damage](job)
     if job.ends:
         losses |= {n: {} for n in job.ends}
-        for name, entry, found in measured_alone(job, single_meter(job), job.ends):
+        for name, entry, found in measured_alone(job, job.ends):
             losses[name][entry] = max(found, 0.0)
     return losses

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.calibration.block import Block
 from fewbits.calibration.collect import Collector, require_consistent
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import StreamedModel
@@ -34,7 +33,8 @@ from fewbits.quant.prepare import load_text
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
-from fewbits.quant.types import LayerStats, QuantizedTensor, Quantizer
+from fewbits.quant.step import quantize_step
+from fewbits.quant.types import QuantizedTensor, Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 with job.clock.calibrating():
                     stats = collector.observe(block, step)
                 with job.clock.quantizing():
-                    made, made_facts = _quantize_step(job, block, step, stats)
+                    made, made_facts = quantize_step(job.assignment, job.quantizer, block, step, stats, seed=job.seed)
                 collector.install(block, made)
                 tensors |= made
                 facts += made_facts
@@ -272,26 +272,6 @@ def _return_memory() -> None:
     """Give freed memory back to the system, where it lies between what is in use."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _quantize_step(
-    job: _Job, block: Block, step: list[list[str]], stats: dict[str, LayerStats]
-) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
-    """Quantize the targets of each group that shares an input; those of one layout are stacked and swept as one."""
-    made: dict[str, QuantizedTensor] = {}
-    facts = []
-    for group in step:
-        own = stats.pop(group[0], None)
-        for layout, names in job.assignment.by_layout(group).items():
-            for name in names:
-                check_finite(name, block.weights[name])
-            weights = [block.weights[n] for n in names]
-            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole, extra = job.quantizer.quantize(stacked, own, layout, seed=job.seed)
-            for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
-                made[name] = tensor
-                facts.append(tensor_fact(name, weight, tensor, own, extra))
-    return made, facts
 
 
 def _write_rest(job: _Job, collector: Collector) -> None:

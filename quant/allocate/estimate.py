@@ -17,6 +17,7 @@ from fewbits.calibration.stream import BATCH_TOKENS, StreamedModel
 from fewbits.quant.plan import Assignment
 from fewbits.quant.prepare import HELD_OUT_ROWS
 from fewbits.quant.recipe import Recipe
+from fewbits.quant.step import quantize_step
 
 _FLOAT = 4
 _SWEEP_COPIES = 6  # of a weight in float32 that the quantizer holds: original, target, errors, codes, grid, feedback
@@ -27,7 +28,7 @@ class RunEstimate:
     """Of ``fewbits quantize`` with a plan, KL on held-out rows included.
 
     Attributes:
-        seconds: wall time; from one block and one batch of text, so good to some 30 %.
+        seconds: wall time, from one block and one batch of text.
         peak_memory: bytes of resident memory, the interpreter's own included.
     """
 
@@ -84,11 +85,8 @@ def _trial(
             start = time.monotonic()
             stats = collector.observe(block, step)
             observed = time.monotonic()
-            for name in (n for group in step for n in group if n in assignment.layouts):
-                own = stats.get(next(g[0] for g in step if name in g))
-                weight = block.weights[name]
-                made, _ = quantizer.quantize(weight, own, assignment.layouts[name])
-                collector.install(block, {name: made})
+            made, _ = quantize_step(assignment, quantizer, block, step, stats, seed=0)
+            collector.install(block, made)
             calibrating += observed - start
             quantizing += time.monotonic() - observed
         start = time.monotonic()

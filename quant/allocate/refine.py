@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbits.calibration.meter import KLMeter
-from fewbits.calibration.sensitivity import measured_alone, single_meter
+from fewbits.calibration.sensitivity import measured_alone
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.allocate.evopress import Choice, Evolved, Schedule, evolve
 from fewbits.quant.allocate.knapsack import undominated
@@ -51,7 +51,7 @@ def measure_trust(job: Survey, damage: str, losses: Losses, n: int) -> Trust:
     from scipy.stats import spearmanr
 
     sample = sample_tensors({name: losses[name] for name in job.menu}, n)
-    found = measured_alone(job, single_meter(job), {name: [entry] for name, entry in sample.items()})
+    found = measured_alone(job, {name: [entry] for name, entry in sample.items()})
     measured = {name: kl for name, _, kl in found}
     ours = [losses[name][entry] for name, entry in sample.items()]
     rho = float(spearmanr(ours, [measured[name] for name in sample]).statistic) if len(sample) > 2 else 1.0

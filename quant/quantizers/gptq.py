@@ -71,7 +71,7 @@ class GPTQ:
         if layout.permuted:
             return with_sorted_columns(self, weight, stats, layout, seed)
         diagonal = stats.xtx.diagonal() / stats.n_tokens
-        dead, importance = diagonal <= 0, _revived(diagonal)
+        dead, importance = diagonal <= 0, revived(diagonal)
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
         correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
         lower, damp = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
@@ -131,7 +131,7 @@ class GPTQ:
         """``qep C H^-1`` with ``C = E[(x~ - x) x^T]``: W plus W times this has the least-squares original outputs."""
         assert stats.cross is not None
         hessian = stats.hessian
-        hessian.diagonal().copy_(_revived(hessian.diagonal()))
+        hessian.diagonal().copy_(revived(hessian.diagonal()))
         hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
         return self.qep * torch.linalg.solve(hessian, stats.cross / stats.n_tokens, left=False)
 
@@ -148,7 +148,7 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
     Raises:
         FewbitsError: the Hessian is not finite, or no damping up to 10 makes it positive definite.
     """
-    diagonal = _revived(xtx.diagonal() / n_tokens)
+    diagonal = revived(xtx.diagonal() / n_tokens)
     mean = float(diagonal.mean())
     if not bool(torch.isfinite(xtx.sum())):
         raise FewbitsError("hessian: got NaN or Inf in the calibration statistics; check the model and the text")
@@ -170,7 +170,7 @@ def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> 
     raise FewbitsError(f"hessian: not positive definite even with damping {_MAX_DAMP}; check the calibration text")
 
 
-def _revived(diagonal: Tensor) -> Tensor:
+def revived(diagonal: Tensor) -> Tensor:
     """The diagonal of a Hessian, where dead inputs get the mean of the others: it leaves the damping as it is."""
     dead = diagonal <= 0
     return diagonal.masked_fill(dead, 1.0 if bool(dead.all()) else float(diagonal[~dead].mean()))

@@ -1,0 +1,41 @@
+"""One step of a block: the linears that are quantized with the same statistics behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fewbits.calibration.block import Block
+from fewbits.quant.plan import Assignment, tensor_fact
+from fewbits.quant.source import check_finite
+from fewbits.quant.types import LayerStats, QuantizedTensor, Quantizer
+
+
+def quantize_step(
+    assignment: Assignment, quantizer: Quantizer, block: Block, step: Sequence[Sequence[str]],
+    stats: dict[str, LayerStats], *, seed: int,
+) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
+    """Quantize the targets of each group that shares an input; those of one layout are stacked and swept as one.
+
+    Args:
+        stats: by the first name of each group; taken out as they are used, to free them.
+
+    Returns:
+        The tensors by name, and what the plan records of each.
+    """
+    made: dict[str, QuantizedTensor] = {}
+    facts = []
+    for group in step:
+        own = stats.pop(group[0], None)
+        for layout, names in assignment.by_layout(group).items():
+            for name in names:
+                check_finite(name, block.weights[name])
+            weights = [block.weights[n] for n in names]
+            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+            whole, extra = quantizer.quantize(stacked, own, layout, seed=seed)
+            for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
+                made[name] = tensor
+                facts.append(tensor_fact(name, weight, tensor, own, extra))
+    return made, facts
