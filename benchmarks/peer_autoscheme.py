@@ -1,7 +1,7 @@
 """Formats by auto-round's AutoScheme, in an environment of its own: menu, text and budgets of ``allocation.py``.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 auto-round
-    /tmp/peer/bin/python benchmarks/peer_autoscheme.py --model DIR --text valid.txt --formats int2_g64 int4_g64 \\
+    python -m venv peer && peer/bin/pip install torch==2.13.0 auto-round
+    peer/bin/python benchmarks/peer_autoscheme.py --model DIR --text valid.txt --formats int2_g64 int4_g64 \\
         --bpw 2.5 3 3.5 --json out.json
 
 Its own defaults: the gradient scores of 16 rows of 256 tokens, one backward pass a format. What it chooses is then

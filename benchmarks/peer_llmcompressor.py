@@ -1,7 +1,7 @@
 """The same job by llm-compressor, in an environment of its own: GPTQ W4 asymmetric, group 64, the same rows of text.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 llmcompressor
-    /tmp/peer/bin/python benchmarks/peer_llmcompressor.py --model DIR --rows rows.pt --json out.json [--save OUT]
+    python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor
+    peer/bin/python benchmarks/peer_llmcompressor.py --model DIR --rows rows.pt --json out.json [--save OUT]
 
 ``benchmarks/speed.py`` makes the rows and runs it. CPU seconds are user and system time of all threads, from the
 moment the model is loaded until it is quantized.

@@ -1,6 +1,6 @@
 """Calibration plus quantization, side by side with llm-compressor: same rows, same threads, one after the other.
 
-    python -m benchmarks.speed --peer /tmp/peer/bin/python [--bits 4] [--repeats 1]
+    python -m benchmarks.speed --peer peer/bin/python [--bits 4] [--repeats 1]
 
 ``--peer`` is a Python with llm-compressor in it (see ``peer_llmcompressor.py``). Both checkpoints are then evaluated by
 our evaluator, so that the row with the time also has the quality that the time bought.
