@@ -64,6 +64,17 @@ class CalibrationSet:
         named = f"{source}: {len(images)} rows with images"
         return replace(self, fingerprint=both, sources=[*self.sources, named], images=images)
 
+    def hold_out(self, n: int) -> tuple[CalibrationSet, list[Tensor]]:
+        """Some rows less, evenly spaced, and those rows ``(tokens,)``; for a text that has no others to judge by."""
+        spaced = ((torch.arange(n) + 0.5) * len(self.tokens) / n).long()
+        held = [self.tokens[i][self.mask[i]] for i in spaced]
+        left = torch.ones(len(self.tokens), dtype=torch.bool)
+        left[spaced] = False
+        tokens, mask = self.tokens[left], self.mask[left]
+        warning = f"{n} of the {len(self.tokens)} rows are held out to judge by, so {len(tokens)} are calibrated on"
+        return replace(self, tokens=tokens, mask=mask, fingerprint=fingerprint(tokens, mask),
+                       warnings=[*self.warnings, warning]), held
+
 
 @dataclass
 class _Pool:

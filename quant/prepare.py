@@ -19,13 +19,18 @@ from fewbits.quant.source import Source
 HELD_OUT_ROWS = 8
 """Rows that measured KL is taken over."""
 
+_LEAST_TO_JUDGE = 2  # rows without which there is no standard error
+_LEFT_PER_HELD_OUT = 8  # rows of a short text for each that it gives up
+
 
 def load_text(
     recipe: Recipe, streamed: StreamedModel, seed: int, *, held_out: bool
 ) -> tuple[CalibrationSet, list[Tensor] | None]:
     """Calibration rows, and rows held out to judge by: drawn by the same rule, none of them in both.
 
-    Of the calibration rows a share has images, where the recipe names some; rows held out are of text alone.
+    A text that has fewer rows than asked gives up some of them to be held out, asked for or not, so that all runs on
+    it share their statistics. Of the calibration rows a share has images, where the recipe names some; rows held out
+    are of text alone.
 
     Raises:
         CalibrationError: the model has no usable tokenizer, there is too little text, or images that it cannot take.
@@ -68,7 +73,12 @@ def load_text(
         raise CalibrationError(
             f"tokenizer: makes token {int(text.tokens.max())}, the model has {vocabulary}; they do not belong together"
         )
-    held = _held_out(text, rows(samples + 4 * HELD_OUT_ROWS)) if held_out else None
+    held: list[Tensor] | None = None
+    given_up = min(HELD_OUT_ROWS, len(text.tokens) // _LEFT_PER_HELD_OUT)
+    if len(text.tokens) < samples and given_up >= _LEAST_TO_JUDGE:
+        text, held = text.hold_out(given_up)
+    elif held_out:
+        held = _others(text, rows(samples + 4 * HELD_OUT_ROWS))
     return _mixed(text, images, recipe, streamed), held
 
 
@@ -128,13 +138,13 @@ def _mixed(text: CalibrationSet, images: ImageRows | None, recipe: Recipe, strea
     return replace(text, warnings=warnings)
 
 
-def _held_out(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:
+def _others(text: CalibrationSet, more: CalibrationSet) -> list[Tensor]:
     """Rows of ``more`` that are not in ``text``. Raises CalibrationError when there are too few to judge by."""
     used = {tuple(row.tolist()) for row in text.tokens}
     held = [row[mask] for row, mask in zip(more.tokens, more.mask) if tuple(row.tolist()) not in used]
-    if len(held) < 2:
+    if len(held) < _LEAST_TO_JUDGE:
         raise CalibrationError(
-            f"held-out text: got {len(held)} rows of text beyond those calibrated on, needed at least 2 to judge by; "
-            "give more text, or lower --samples"
+            f"held-out text: got {len(held)} rows of text beyond those calibrated on, needed at least "
+            f"{_LEAST_TO_JUDGE} to judge by; give more text, or lower --samples"
         )
     return held[:HELD_OUT_ROWS]

@@ -359,6 +359,16 @@ def test_plain_text_for_a_chat_model(chat: Any, tmp_path: Path) -> None:
     assert not any("plain" in w for w in mixed.warnings)
 
 
+def test_rows_held_out_are_not_calibrated_on(plain: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(50))
+    all_ = load_calibration([str(tmp_path / "a.txt")], plain, samples=20, seqlen=16)
+    left, held = all_.hold_out(3)
+    assert len(left.tokens) == len(all_.tokens) - 3 and left.fingerprint != all_.fingerprint
+    rows = [tuple(r.tolist()) for r in all_.tokens]
+    assert sorted([*map(tuple, left.tokens.tolist()), *(tuple(h.tolist()) for h in held)]) == sorted(rows)
+    assert "3 of the 20 rows are held out to judge by, so 17 are calibrated on" in left.warnings
+
+
 def test_duplicate_rows(plain: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789abcde\n" * 4 + prose(20))
     data = load_calibration([str(tmp_path / "a.txt")], plain, samples=8, seqlen=16, order="first")

@@ -287,6 +287,21 @@ def test_skipping_every_token(tiny, text, tmp_path):
         fewbits.quantize(tiny("llama"), tmp_path / "out", overrides=overrides)
 
 
+def test_a_text_that_is_used_up_gives_rows_to_judge_by(tiny, text, tmp_path):
+    """All of a short text was calibrated on, and nothing was left for a gate or a budget: refused at defaults."""
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:6000])
+    settings = {"calibration.sources": [str(short)], "calibration.samples": 1000, "calibration.seqlen": 24}
+    stats = tmp_path / "stats"
+    judged = fewbits.quantize(tiny("llama"), tmp_path / "a", overrides=settings, stats=stats, max_kl=100.0)
+    assert any("of the" in w and "rows are held out to judge by" in w for w in judged.warnings), judged.warnings
+    assert judged.measured is not None and judged.measured["kl_stderr"] > 0
+    again = fewbits.quantize(tiny("llama"), tmp_path / "b", overrides=settings, stats=stats)  # the same rows, unjudged
+    assert again.warnings == judged.warnings
+    same = (tmp_path / "a" / "fewbits-00002-of-00003.safetensors").read_bytes()
+    assert (tmp_path / "b" / "fewbits-00002-of-00003.safetensors").read_bytes() == same
+
+
 def test_a_gate_without_text_to_judge_by(tiny, tmp_path):
     (tmp_path / "short.txt").write_text("Too short to hold anything out.")
     sources = [str(tmp_path / "short.txt")]
