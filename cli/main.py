@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": "fewbits.cli.eval:evaluate",
     "generate": "fewbits.cli.generate:generate",
     "inspect": "fewbits.cli.inspect:inspect",
+    "export": "fewbits.cli.export:export",
     "recipes": "fewbits.cli.recipes:recipes",
 }
 """Subcommand -> module and function. The modules import nothing heavy at their top, so that ``--help`` is quick; the

@@ -8,6 +8,7 @@ Notation used everywhere: ``N`` out_features (rows), ``K`` in_features (columns)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -269,14 +270,14 @@ class QuantizedTensor:
 
     def split_rows(self, sizes: Sequence[int]) -> list[QuantizedTensor]:
         """Cut into blocks of rows, e.g. the stacked q, k and v back into three."""
-        parts, start = [], 0
-        for n in sizes:
-            rows = slice(start, start + n)
-            cut = tuple(Segment(s.format, s.codes[rows], {k: v[rows] for k, v in s.params.items()})
-                        for s in self.segments)
-            parts.append(QuantizedTensor((n, self.shape[1]), cut, self.permutation))
-            start += n
-        return parts
+        ends = list(itertools.accumulate(sizes))
+        return [self.rows(slice(end - n, end)) for n, end in zip(sizes, ends)]
+
+    def rows(self, which: slice | Tensor) -> QuantizedTensor:
+        """Some rows, in the order in which they are named."""
+        cut = tuple(Segment(s.format, s.codes[which], {k: v[which] for k, v in s.params.items()})
+                    for s in self.segments)
+        return QuantizedTensor((len(cut[0].codes), self.shape[1]), cut, self.permutation)
 
 
 def _suffixed(name: str, i: int) -> str:

@@ -1,0 +1,197 @@
+"""What every export shares: the contract of a target, refusals, and writing a folder that is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbits.quant.checkpoint import disk_errors
+from fewbits.quant.errors import CheckpointError, FormatError
+from fewbits.quant.formats import layout_name
+from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.source import MAX_EXTRA_BYTES
+from fewbits.quant.targets import Target, find_targets
+from fewbits.quant.types import Layout, QuantizedTensor
+from fewbits.serving.export.names import HubMatrix, hub_matrices, hub_names, hub_tensors
+from fewbits.serving.export.stored import Stored
+
+Progress = Callable[[str, int, int], None]
+
+_OURS = ("config.json", "plan.json", "recipe.toml", "README.md")
+_STEP = "Exporting"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        target: the name of the target.
+        bytes: of the weight files.
+        tensors: quantized matrices that were written.
+        warnings: what the user should know before serving it.
+    """
+
+    output: str
+    target: str
+    bytes: int
+    tensors: int
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+class Exporter(Protocol):
+    """One target: what it takes, and how it is written. Options are fields of the implementing frozen dataclass."""
+
+    @property
+    def single_file(self) -> bool:
+        """Whether it is one file and not a folder."""
+        ...
+
+    def obstacle(self, target: Target, layout: Layout) -> str | None:
+        """Why a matrix cannot be written so, with the nearest choice that can; None where it can."""
+        ...
+
+    def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
+        """Write everything to ``out``, a folder that is there and empty or a file that is not; returns warnings.
+
+        Raises FormatError where the values of a tensor do not fit.
+        """
+        ...
+
+
+def require_exportable(stored: Stored, exporter: Exporter, name: str) -> None:
+    """Raise FormatError that names the first matrix that the target cannot take, and how many there are."""
+    found = [(n, why) for n, (t, layout) in stored.matrices.items() if (why := exporter.obstacle(t, layout))]
+    if found:
+        more = f" ({len(found)} of {len(stored.matrices)} tensors are like it)" if len(found) > 1 else ""
+        raise FormatError(f"{found[0][0]}: {name} {found[0][1]}{more}")
+
+
+def one_integer_format(layout: Layout) -> IntFormat | str:
+    """The integer format of a whole matrix, or why it has none."""
+    if layout.permuted or len(layout.runs) > 1:
+        return (f"takes one format for a tensor, its columns in their own order; got {layout_name(layout)[:60]}; "
+                "quantize with allocate.unit = 'tensor'")
+    fmt = layout.runs[0][0]
+    return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
+
+
+def group_of(fmt: IntFormat, columns: int) -> int | None:
+    """The group size, or None where a group is the whole row."""
+    return None if fmt.group_size in (None, columns) else fmt.group_size
+
+
+# -- folders as transformers has them --------------------------------------------------------------------------------
+
+
+Convert = Callable[[str, QuantizedTensor], Mapping[str, Tensor]]
+"""``convert(hub name, matrix)``: the tensors that stand for it, by their local names, e.g. ``weight_packed``."""
+
+
+def write_folder(
+    stored: Stored, folder: Path, quantization_config: Mapping[str, Any], convert: Convert, progress: Progress
+) -> None:
+    """Shards, index and config.json as ``save_pretrained`` names them, and the tokenizer's files."""
+    by_owner: dict[str, list[HubMatrix]] = {}
+    for matrix in hub_matrices(stored):
+        by_owner.setdefault(matrix.of, []).append(matrix)
+    shards = list(stored.by_shard())
+    index: dict[str, str] = {}
+    size = 0
+    for i, names in enumerate(shards):
+        progress(_STEP, i, len(shards))
+        dense = {n: stored.dense(n) for n in names if n not in stored.matrices}
+        tensors = hub_tensors(stored, dense)
+        for name in names:
+            if name in stored.matrices:
+                whole = stored.read(name)
+                for hub in by_owner[name]:
+                    part = whole if hub.rows is None else whole.rows(hub.rows)
+                    tensors |= {f"{hub.name}.{k}": t.contiguous() for k, t in convert(hub.name, part).items()}
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(dict(sorted(tensors.items())), folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        size += sum(t.nbytes for t in tensors.values())
+    progress(_STEP, len(shards), len(shards))
+    _write_json(folder / "config.json", stored.config | {"quantization_config": dict(quantization_config)})
+    _write_json(folder / "model.safetensors.index.json",
+                {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
+    for path in carried(stored.path):
+        shutil.copyfile(path, folder / path.name)
+
+
+def dense_linears(stored: Stored) -> list[str]:
+    """Linears that stay as they are, by the names of the hub: configurations list them."""
+    names = [t.name for t in find_targets(stored.model) if t.kind == "linear" and t.name not in stored.matrices]
+    return sorted(hub_names(stored, names))
+
+
+def carried(folder: Path) -> list[Path]:
+    """Files that any copy of the model should have: tokenizer, templates, generation config, licence, lock."""
+    return [p for p in sorted(folder.iterdir())
+            if p.is_file() and not p.is_symlink() and not p.name.startswith(".") and p.name not in _OURS
+            and p.suffix not in (".safetensors", ".py") and not p.name.endswith(".index.json")
+            and p.stat().st_size <= MAX_EXTRA_BYTES]
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, single_file: bool, force: bool) -> Iterator[Path]:
+    """A place beside ``out`` to write to, moved there when all went well, and removed when not.
+
+    Raises:
+        CheckpointError: ``out`` is taken, or the disk is full or read-only.
+    """
+    taken = out.exists() and not (out.is_dir() and not single_file and not any(out.iterdir()))
+    if taken and not force:
+        raise CheckpointError(f"{out}: exists; choose another output, or --force to replace it")
+    if taken and (out.is_dir() == single_file or (out.is_dir() and not _is_model(out))):
+        raise CheckpointError(f"{out}: is no export that could be replaced; choose another output")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            place = work / out.name
+            if not single_file:
+                place.mkdir()
+            yield place
+            _publish(place, out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _publish(place: Path, out: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [place, *place.rglob("*")]:  # safetensors makes files that only their owner can read
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    if out.is_dir():
+        old = place.parent / "replaced"
+        os.replace(out, old)
+    os.replace(place, out)
+
+
+def totals(out: Path) -> int:
+    """Bytes of the weight files of an export."""
+    files: Sequence[Path] = [out] if out.is_file() else list(out.glob("*.safetensors"))
+    return sum(p.stat().st_size for p in files)
