@@ -50,8 +50,8 @@ class CompressedTensors:
                     f"quantize it as int{_nearest(fmt.code_bits)}_sym_{group}, or --allow odd-bits for engines with "
                     "compressed-tensors 0.18 or newer, and vLLM")
         if not fmt.symmetric and not self.asymmetric:
-            return ("with zero points cannot be loaded by transformers with compressed-tensors 0.18 to 0.20; quantize it "
-                    f"as int{fmt.code_bits}_sym_{group}, or --allow asymmetric for engines that read it, such as vLLM")
+            return ("with zero points cannot be loaded by transformers with compressed-tensors 0.18 to 0.20; quantize "
+                    f"it as int{fmt.code_bits}_sym_{group}, or --allow asymmetric for engines that do, such as vLLM")
         return None
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
