@@ -8,10 +8,12 @@ from pathlib import Path
 from fewbits.quant.errors import RecipeError, nearest
 from fewbits.serving.export.base import Exporter, ExportReport, Progress, require_exportable, staged, totals
 from fewbits.serving.export.compressed_tensors import CompressedTensors
+from fewbits.serving.export.gguf import Gguf
 from fewbits.serving.export.stored import open_stored
 
 EXPORTS: dict[str, type[Exporter]] = {
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
 }
 """The name of a target -> what writes it; its options are its fields."""
 
