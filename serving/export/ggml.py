@@ -50,20 +50,23 @@ class BlockType:
         return columns // self.columns * self.nbytes
 
 
+_FOUR_BITS = np.uint8(15)
+
+
 def _nibbles(codes: Bytes) -> Bytes:
     """The first half of a block in the low halves of its bytes, the second half in the high ones."""
-    half = codes.shape[1] // 2
-    return (codes[:, :half] & 15) | (codes[:, half:] & 15) << 4
+    low, high = np.split(codes & _FOUR_BITS, 2, axis=1)
+    return low | high << np.uint8(4)
 
 
 def _five_bits(codes: Bytes) -> Bytes:
     """The highest bits of all codes, column 0 in the lowest bit, then the other four as nibbles."""
-    return np.concatenate([np.packbits(codes >> 4, axis=1, bitorder="little"), _nibbles(codes)], axis=1)
+    return np.concatenate([np.packbits(codes >> np.uint8(4), axis=1, bitorder="little"), _nibbles(codes)], axis=1)
 
 
 def _signed_bytes(codes: Bytes) -> Bytes:
     """``code - 128`` in two's complement."""
-    return codes ^ 0x80
+    return codes ^ np.uint8(0x80)
 
 
 def _crumbs(codes: Bytes) -> Bytes:
@@ -160,8 +163,9 @@ def to_blocks(name: str, tensor: QuantizedTensor, kind: BlockType) -> tuple[Byte
 
 def _halves(name: str, scale: Tensor) -> NDArray[np.float16]:
     half = scale.half()
-    if not half.double().equal(scale.double()):
-        worst = scale.double()[half.double() != scale.double()][0]
+    kept = (half.double() == scale.double()) & half.isfinite()
+    if not kept.all():
+        worst = scale.double()[~kept][0]
         raise FormatError(f"{name}: GGUF has float16 scales, got {float(worst):.9g} in {scale.dtype}, which is none; "
                           "quantize with format.scale_dtype = 'float16'")
     return half.contiguous().numpy()
