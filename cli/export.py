@@ -22,8 +22,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder, or file, to write.")],
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="WHAT", help="Take what not every version of an engine reads: odd-bits, "
-                                                     "asymmetric. Can be given again."),
+        typer.Option("--allow", metavar="WHAT", help="Take what not every version of an engine reads, or not every "
+                                                     "tensor fits: odd-bits, asymmetric (compressed-tensors), "
+                                                     "ternary (gguf). Can be given again."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: JsonOption = None,
