@@ -37,7 +37,7 @@ def quantize(source: str, out: str, imatrix: str | None, threads: int) -> None:
 
 
 def score(model: str, windows: np.ndarray, out: str, text: str | None, threads: int) -> None:
-    """Save ``nll (windows, length - 1)`` in nats, ``logits`` of the first window, and ``ids``, the tokens of ``text``."""
+    """Save ``nll (windows, length - 1)`` in nats, ``logits`` of the first window, and the ``ids`` of ``text``."""
     length = windows.shape[1]
     engine = llama_cpp.Llama(model, n_ctx=length, n_batch=length, n_threads=threads, n_threads_batch=threads,
                              logits_all=True, verbose=False)

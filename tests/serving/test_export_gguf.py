@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fewbits
 from fewbits.cli.main import main
 from fewbits.quant.allocate.menu import ENGINES
-from fewbits.quant.bitpack import pack_rows, unpack_rows
 from fewbits.quant.errors import CheckpointError, FormatError, ModelError, RecipeError
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.targets import Target
@@ -28,6 +26,8 @@ from fewbits.serving.export.ggml import BlockType, block_type, to_blocks
 from fewbits.serving.export.gguf import Gguf
 from fewbits.serving.export.gguf_tokenizer import splitter
 from fewbits.serving.export.stored import open_stored
+from tests.conftest import save_tiny_model
+from tests.serving.conftest import make_ternary
 
 gguf = pytest.importorskip("gguf")
 
@@ -169,19 +169,13 @@ def test_the_engine_of_the_planner_reads_what_the_export_takes(columns: int) -> 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
     """``made(family, model overrides, recipe overrides) -> folder``: a checkpoint rounded to nearest, made once."""
-    from importlib import util
-
-    spec = util.spec_from_file_location("shared_fixtures", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    shared = util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
     done: dict[str, Path] = {}
 
     def make(family: str, model: dict | None = None, **recipe: object) -> Path:
         key = f"{family}{model}{recipe}"
         if key not in done:
             folder = tmp_path_factory.mktemp(family)
-            shared.save_tiny_model(folder / "dense", family, **(model or {}))
+            save_tiny_model(folder / "dense", family, **(model or {}))
             settings = {"format.group_size": 32, "format.symmetric": True} | {
                 k.replace("__", "."): v for k, v in recipe.items()}
             fewbits.quantize(folder / "dense", folder / "ours", recipe="rtn", overrides=settings)
@@ -249,13 +243,7 @@ def test_transformers_computes_the_same_from_ternary_codes(made, tmp_path: Path)
     ours = shutil.copytree(made(family, model, **recipe), tmp_path / "ours")
     with pytest.raises(FormatError, match=r"model\.layers\.0\..*TQ1_0 holds"):
         export(ours, tmp_path / "m.gguf", to="gguf", allow=["ternary"])
-    for file in ours.glob("fewbits-*.safetensors"):
-        tensors = load_file(file)
-        for name, words in tensors.items():
-            if name.endswith("weight_packed") and ".v_proj" not in name:
-                columns = int(tensors[name.replace("packed", "shape")][1])
-                tensors[name] = pack_rows(unpack_rows(words, 2, columns).clamp(min=1), 2)
-        save_file(tensors, file, metadata={"format": "pt"})
+    make_ternary(ours)
     _same_as_transformers(ours, tmp_path / "m.gguf", allow=["ternary"])
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert {"TQ1_0", "Q8_0"} <= kinds and "TQ2_0" not in kinds

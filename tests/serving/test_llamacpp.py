@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import fewbits
 from fewbits.serving.export import export
+from tests.serving.conftest import make_ternary
 
 pytest.importorskip("gguf")
 
@@ -39,6 +40,7 @@ _CASES: dict[str, tuple[str, dict, dict]] = {
     "Q5_1": ("llama", {}, {"format.bits": 5, "format.symmetric": False}),
     "Q8_0 rows, head too": ("llama", {}, {"format.bits": 8, "format.group_size": "row", "lm_head": True}),
     "TQ2_0": ("llama", {"intermediate_size": 512}, {"format.bits": 2, "format.group_size": 256}),
+    "TQ1_0": ("llama", {"intermediate_size": 512}, {"format.bits": 2, "format.group_size": 256}),
     "tied table": ("llama", {"tie_word_embeddings": True},
                    {"rules": [{"match": "model.embed_tokens", "format": "int8_sym_g32"}]}),
     "tied head of its own": ("llama", {"tie_word_embeddings": True},
@@ -89,9 +91,9 @@ def _sentencepiece(folder: Path) -> None:
                             unk_token="<unk>").save_pretrained(folder)
 
 
-def _by_llama_cpp(ours: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _by_llama_cpp(ours: Path, folder: Path, *allow: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """A window of tokens, llama.cpp's logits of it, and its tokens of the text."""
-    export(ours, folder / "m.gguf", to="gguf")
+    export(ours, folder / "m.gguf", to="gguf", allow=allow)
     window = torch.randint(3, 250, (1, 192), generator=torch.Generator().manual_seed(1))
     np.save(folder / "windows.npy", window.numpy())
     (folder / "text.txt").write_text(_TEXT)
@@ -107,7 +109,9 @@ def test_llama_cpp_computes_nearly_the_same(case: str, tmp_path: Path) -> None:
     dense, ours = _tiny(tmp_path / "dense", family, overrides), tmp_path / "ours"
     settings = {"format.group_size": 32, "format.symmetric": True} | recipe
     fewbits.quantize(dense, ours, recipe="rtn", overrides=settings)
-    window, found, ids = _by_llama_cpp(ours, tmp_path)
+    if case == "TQ1_0":
+        make_ternary(ours)
+    window, found, ids = _by_llama_cpp(ours, tmp_path, *["ternary"] * (case == "TQ1_0"))
     with torch.no_grad():
         want = fewbits.load(ours, device="cpu", dtype=torch.float32)(input_ids=window).logits[0]
     error = float((found - want).norm() / want.norm())
