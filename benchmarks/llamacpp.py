@@ -55,7 +55,8 @@ def main() -> None:
     ours = scores["fewbits, GPTQ"]
     rows = [_row(name, file, scores[name]["nll"], ours["nll"]) for name, file in files.items()]
     agreement = _agreement(args.checkpoint, tokens, ours)
-    protocol.save("llamacpp", {"rows": rows, "agreement": agreement, "windows": args.windows, "length": LENGTH})
+    protocol.save("llamacpp", {"files": rows, "agreement": agreement, "windows": args.windows,
+                               "length": LENGTH, "imatrix_rows": args.imatrix_rows})
     for row in rows:
         print(f"{row['file']}: perplexity {row['perplexity']:.3f} +- {row['stderr']:.3f}, {row['tensor_bytes']} bytes "
               f"of tensors; nats per token above ours {row['above_ours']:+.4f} +- {row['above_ours_stderr']:.4f}")
