@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "fewbits.cli.generate:generate",
     "inspect": "fewbits.cli.inspect:inspect",
     "export": "fewbits.cli.export:export",
+    "serve": "fewbits.cli.serve:serve",
     "recipes": "fewbits.cli.recipes:recipes",
 }
 """Subcommand -> module and function. The modules import nothing heavy at their top, so that ``--help`` is quick; the
