@@ -38,7 +38,7 @@ def main() -> None:
         app.add_api_route("/v1/models", model.models, methods=["GET"])
         return app
 
-    server.build_server = build_server
+    server.build_server = build_server  # type: ignore[assignment]
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # the server raises it again when it has shut down
     sys.argv = ["transformers", "serve", *sys.argv[1:]]
     transformers()
