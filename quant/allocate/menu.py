@@ -52,7 +52,7 @@ class Engine:
 
 ENGINES: dict[str, Engine] = {
     "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True, runs=True),
-    "transformers": Engine(("int2", "int4", "int8"), bits=(2, 4, 8)),
+    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=True),
     "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), True),
     "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), True),
     "llama.cpp": Engine(("int4_sym_g32", "int4_g32", "int8_sym_g32"), bits=(4, 8), groups=(32,)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from fewbits.quant.card import write_card
 from fewbits.quant.errors import RecipeError, nearest
 from fewbits.serving.export.base import Exporter, ExportReport, Progress, require_exportable, staged, totals
 from fewbits.serving.export.compressed_tensors import CompressedTensors
@@ -40,6 +41,8 @@ def export(
     out = Path(out)
     with staged(out, single_file=exporter.single_file, force=force) as place:
         warnings = exporter.write(stored, place, progress or (lambda what, done, total: None))
+        if not exporter.single_file:
+            write_card(stored.path, place, layout=to)
     return ExportReport(str(out), to, totals(out), len(stored.matrices), warnings)
 
 
