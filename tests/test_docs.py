@@ -32,6 +32,7 @@ def test_the_commands_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "text.txt").write_text(text)
     save_tiny_model(tmp_path / "model", "llama", dtype=torch.float16, max_position_embeddings=1024,
                     hidden_size=256, intermediate_size=512, num_key_value_heads=4)
-    assert (found := commands(page)), f"{page} shows no command"
+    found = commands(page)
+    assert found, f"{page} shows no command"
     for words in found:
         assert main(words) == 0, f"{page}: fewbits {' '.join(words)}"
