@@ -231,7 +231,8 @@ def _traps(stored: Stored) -> list[str]:
     dtype = getattr(stored.model.config, "dtype", None)
     if any(f.scale_dtype != dtype for f in formats):
         out.append(f"scales are {_short({f.scale_dtype for f in formats})} and the model is {_short([dtype])}: vLLM "
-                   "casts scales to the model's dtype, which rounds them; serve with a --dtype that holds them")
+                   "casts scales to the model's dtype, which rounds them; serve with --dtype float16, or quantize with "
+                   "scales of the model's dtype (formats such as int4_sym_g64_bf16)")
     odd = sorted({f.code_bits for f in formats} - {2, 4, 8})
     if odd:
         out.append(f"{', '.join(map(str, odd))} bits: compressed-tensors before 0.18 packs them with gaps and reads an "
