@@ -126,17 +126,27 @@ def write_folder(
         index |= dict.fromkeys(tensors, file)
         size += sum(t.nbytes for t in tensors.values())
     progress(_STEP, len(shards), len(shards))
-    _write_json(folder / "config.json", stored.config | {"quantization_config": dict(quantization_config)})
+    _write_json(folder / "config.json", _config(stored) | {"quantization_config": dict(quantization_config)})
     _write_json(folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
     for path in carried(stored.path):
         shutil.copyfile(path, folder / path.name)
 
 
+def _config(stored: Stored) -> dict[str, Any]:
+    """config.json, which no longer says that the head is the embedding where the head has codes of its own."""
+    config = dict(stored.config)
+    if stored.model.all_tied_weights_keys and not stored.tied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    return config
+
+
 def dense_linears(stored: Stored) -> list[str]:
-    """Linears that stay as they are, by the names of the hub: configurations list them."""
+    """Linears that stay as they are, by the names of the hub and by those in the model: engines look for either."""
     names = [t.name for t in find_targets(stored.model) if t.kind == "linear" and t.name not in stored.matrices]
-    return sorted(hub_names(stored, names))
+    return sorted({*names, *hub_names(stored, names)})
 
 
 def carried(folder: Path) -> list[Path]:
