@@ -31,10 +31,12 @@ class CompressedTensors:
     odd_bits: take 3, 5, 6 and 7 bits: compressed-tensors packs them without gaps from 0.18 on, and with gaps before,
         and nothing in the files says which.
     asymmetric: take zero points, which transformers cannot load with compressed-tensors 0.18 to 0.20.
+    dense_experts: take experts that were kept dense beside quantized linears, which transformers cannot load.
     """
 
     odd_bits: bool = False
     asymmetric: bool = False
+    dense_experts: bool = False
 
     single_file = False
 
@@ -59,6 +61,8 @@ class CompressedTensors:
         return None
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
+        if not self.dense_experts:
+            _require_quantized_experts(stored)
         config = quantization_config(stored)
         write_folder(stored, out, config, lambda name, tensor: tensor.pack(), progress)
         return _warnings(config)
@@ -68,7 +72,7 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
     """``quantization_config``: a group for each format, and the linears that stay as they are.
 
     Raises:
-        FormatError: the experts have several formats, or some layers keep theirs.
+        FormatError: the experts have several formats.
     """
     experts = _experts_format(stored)
     members: dict[tuple[IntFormat, bool], list[str]] = {}
@@ -125,10 +129,6 @@ def _experts_format(stored: Stored) -> IntFormat | None:
     experts = {n: (t, _integers(layout)) for n, (t, layout) in stored.matrices.items() if t.kind == "expert"}
     if not experts:
         return None
-    kept = [t.name for t in find_targets(stored.model) if t.kind == "expert" and t.name not in experts]
-    if kept:
-        raise FormatError(f"{kept[0]}: compressed-tensors takes the experts of all layers or of none, since transformers "
-                          "loads no others; quantize these too, or add '*.experts.*' to keep")
     by_rows = {n: _of_rows(fmt, t.shape[1]) for n, (t, fmt) in experts.items()}
     by_groups = {n: IntFormat(fmt.code_bits, fmt.group_size, fmt.symmetric) for n, (_, fmt) in experts.items()}
     for formats in (by_rows, by_groups):
@@ -139,6 +139,14 @@ def _experts_format(stored: Stored) -> IntFormat | None:
     raise FormatError(f"{other}: compressed-tensors takes one format for all experts, since transformers decodes the "
                       f"others wrongly and says nothing; got {by_groups[other].name} here and {by_groups[first].name} "
                       f"in {first}; quantize them alike, e.g. as {_for_all(list(by_groups.values())).name}")
+
+
+def _require_quantized_experts(stored: Stored) -> None:
+    kept = [t.name for t in find_targets(stored.model) if t.kind == "expert" and t.name not in stored.matrices]
+    if kept:
+        raise FormatError(f"{kept[0]}: is kept dense, and transformers loads no experts from compressed-tensors but "
+                          f"quantized ones ({len(kept)} tensors are like it); quantize them too, or --allow "
+                          "dense-experts for engines that do, such as vLLM")
 
 
 def _for_all(formats: Sequence[IntFormat]) -> IntFormat:
@@ -156,5 +164,5 @@ def _warnings(config: dict[str, Any]) -> list[str]:
     experts = [any(t.startswith("re:") for t in g["targets"]) for g in config["config_groups"].values()]
     if experts.count(False) < 2:
         return []
-    return ["several formats: transformers decodes all linears but those of the first wrongly, and says nothing, when it is asked to "
-            "dequantize=True while loading; load without it"]
+    return ["several formats: transformers decodes all linears but those of the first wrongly, and says nothing, "
+            "when it is asked to dequantize=True while loading; load without it"]
