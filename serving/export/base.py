@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.quant.checkpoint import disk_errors
 from fewbits.quant.errors import CheckpointError, FormatError
@@ -80,6 +81,15 @@ def require_exportable(stored: Stored, exporter: Exporter, name: str) -> None:
         raise FormatError(f"{found[0][0]}: {name} {found[0][1]}{more}")
 
 
+def no_linear(target: Target) -> str | None:
+    """Why something else than a linear cannot be written packed; None for linears and experts."""
+    if target.kind == "embedding":
+        return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
+    if target.kind == "conv1d":
+        return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
+    return None
+
+
 def one_integer_format(layout: Layout) -> IntFormat | str:
     """The integer format of a whole matrix, or why it has none."""
     if layout.permuted or len(layout.runs) > 1:
@@ -87,6 +97,13 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
                 "quantize with allocate.unit = 'tensor'")
     fmt = layout.runs[0][0]
     return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
+
+
+def integer_format(layout: Layout) -> IntFormat:
+    """The integer format of a matrix that was found to have one."""
+    fmt = one_integer_format(layout)
+    assert isinstance(fmt, IntFormat)
+    return fmt
 
 
 def group_of(fmt: IntFormat, columns: int) -> int | None:
@@ -144,9 +161,25 @@ def _config(stored: Stored) -> dict[str, Any]:
 
 
 def dense_linears(stored: Stored) -> list[str]:
-    """Linears that stay as they are, by the names of the hub and by those in the model: engines look for either."""
-    names = [t.name for t in find_targets(stored.model) if t.kind == "linear" and t.name not in stored.matrices]
+    """What multiplies by a matrix that stays as it is: linears, heads, routers. Configurations list them.
+
+    By the names of the hub and by those in the model: engines look for either.
+    """
+    packed = {t.module_path for t, _ in stored.matrices.values()}
+    names = [path for path, module in stored.model.named_modules()
+             if path not in packed and not isinstance(module, nn.Embedding)
+             and isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2]
     return sorted({*names, *hub_names(stored, names)})
+
+
+def dense_experts(stored: Stored) -> list[str]:
+    """Projections of experts that stay as they are, by the names of the hub."""
+    kept: dict[str, Tensor] = {}
+    for target in find_targets(stored.model):
+        if target.kind == "expert" and target.name not in stored.matrices:
+            param = getattr(stored.model.get_submodule(target.module_path), target.param_name)
+            kept[f"{target.module_path}.{target.param_name}"] = torch.zeros(*param.shape[:2], 1)
+    return [name.removesuffix(".weight") for name in hub_tensors(stored, kept)]
 
 
 def carried(folder: Path) -> list[Path]:

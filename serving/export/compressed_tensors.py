@@ -16,9 +16,18 @@ from typing import Any
 
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.targets import Target, find_targets
+from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout
-from fewbits.serving.export.base import Progress, dense_linears, group_of, one_integer_format, write_folder
+from fewbits.serving.export.base import (
+    Progress,
+    dense_experts,
+    dense_linears,
+    group_of,
+    integer_format,
+    no_linear,
+    one_integer_format,
+    write_folder,
+)
 from fewbits.serving.export.names import hub_matrices
 from fewbits.serving.export.stored import Stored
 
@@ -44,10 +53,8 @@ class CompressedTensors:
         fmt = one_integer_format(layout)
         if isinstance(fmt, str):
             return fmt
-        if target.kind == "embedding":
-            return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
-        if target.kind == "conv1d":
-            return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
+        if (why := no_linear(target)) is not None:
+            return why
         group = "row" if fmt.group_size is None else f"g{fmt.group_size}"
         if fmt.code_bits == 1:
             return f"has no 1-bit integers; quantize it as int2_sym_{group}"
@@ -61,8 +68,10 @@ class CompressedTensors:
         return None
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
-        if not self.dense_experts:
-            _require_quantized_experts(stored)
+        if not self.dense_experts and (kept := dense_experts(stored)):
+            raise FormatError(f"{kept[0]}: is kept dense, and transformers loads no experts from compressed-tensors "
+                              f"but quantized ones ({len(kept)} tensors are like it); quantize them too, or --allow "
+                              "dense-experts for engines that do, such as vLLM")
         config = quantization_config(stored)
         write_folder(stored, out, config, lambda name, tensor: tensor.pack(), progress)
         return _warnings(config)
@@ -82,7 +91,7 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
             assert experts is not None
             members.setdefault((experts, True), []).append(_any_expert(matrix.name))
         else:
-            fmt = _of_rows(_integers(layout), target.shape[1])
+            fmt = _of_rows(integer_format(layout), target.shape[1])
             # transformers looks for the module's own path, others for the name on the hub
             members.setdefault((fmt, False), []).extend(dict.fromkeys([matrix.name, matrix.of]))
     groups = {}
@@ -97,14 +106,9 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
         }
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": groups, "ignore": dense_linears(stored),
+        "config_groups": groups,
+        "ignore": [*dense_linears(stored), *dict.fromkeys(_any_expert(n) for n in dense_experts(stored))],
     }
-
-
-def _integers(layout: Layout) -> IntFormat:
-    fmt = one_integer_format(layout)
-    assert isinstance(fmt, IntFormat)
-    return fmt
 
 
 def _of_rows(fmt: IntFormat, columns: int) -> IntFormat:
@@ -126,7 +130,7 @@ def _experts_format(stored: Stored) -> IntFormat | None:
 
     transformers decodes the experts of every layer by one group of the configuration, whatever the others say.
     """
-    experts = {n: (t, _integers(layout)) for n, (t, layout) in stored.matrices.items() if t.kind == "expert"}
+    experts = {n: (t, integer_format(layout)) for n, (t, layout) in stored.matrices.items() if t.kind == "expert"}
     if not experts:
         return None
     by_rows = {n: _of_rows(fmt, t.shape[1]) for n, (t, fmt) in experts.items()}
@@ -139,14 +143,6 @@ def _experts_format(stored: Stored) -> IntFormat | None:
     raise FormatError(f"{other}: compressed-tensors takes one format for all experts, since transformers decodes the "
                       f"others wrongly and says nothing; got {by_groups[other].name} here and {by_groups[first].name} "
                       f"in {first}; quantize them alike, e.g. as {_for_all(list(by_groups.values())).name}")
-
-
-def _require_quantized_experts(stored: Stored) -> None:
-    kept = [t.name for t in find_targets(stored.model) if t.kind == "expert" and t.name not in stored.matrices]
-    if kept:
-        raise FormatError(f"{kept[0]}: is kept dense, and transformers loads no experts from compressed-tensors but "
-                          f"quantized ones ({len(kept)} tensors are like it); quantize them too, or --allow "
-                          "dense-experts for engines that do, such as vLLM")
 
 
 def _for_all(formats: Sequence[IntFormat]) -> IntFormat:

@@ -206,7 +206,7 @@ def test_experts_of_groups_that_are_whole_rows(quantized, reader, tmp_path):
     ({"*layers.1*experts*": "int8_sym_g32"}, r"layers\.1\.mlp\.experts\.gate_up_proj\.0: .*int8_sym_g32.*int4_sym_g32"),
     ({"*experts.gate_up_proj*": "int4_sym_g16"}, r"layers\.0\.mlp\.experts\.down_proj\.0: .*e\.g\. as int4_sym_g16"),
     ({"*experts.down_proj.2": "int8_sym_g16"}, r"layers\.0\.mlp\.experts\.down_proj\.2: .*e\.g\. as int8_sym_g16"),
-    ({"*layers.1*experts*": "keep"}, r"layers\.1\.mlp\.experts\.gate_up_proj\.0: .*8 tensors.*--allow dense-experts"),
+    ({"*layers.1*experts*": "keep"}, r"layers\.1\.mlp\.experts\.0\.\w+_proj: .*12 tensors.*--allow dense-experts"),
 ])
 def test_experts_of_several_formats_are_refused(formats, named, quantized, tmp_path):
     folder = quantized("qwen3-moe", formats, **EXPERTS_4)
@@ -220,6 +220,9 @@ def test_kept_experts(quantized, reader, tmp_path):
     out = to_compressed_tensors(folder, tmp_path / "out", "dense-experts")
     expert = open_stored(folder).dense("model.layers.0.mlp.experts.gate_up_proj")[2]
     assert torch.equal(tensors_of(out)["model.layers.0.mlp.experts.2.up_proj.weight"], expert[32:])
+    ignored = config_of(out)["quantization_config"]["ignore"]
+    assert is_match("model.layers.1.mlp.experts.3.down_proj", torch.nn.Linear(1, 1), ignored)
+    assert "model.layers.1.mlp.gate" in ignored, "a router is a linear to other engines"
     with pytest.raises(RuntimeError, match="conversion of the weights"):  # should it load them, the refusal can go
         reader.load(out)
 
