@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewbits.quant.checkpoint import disk_errors
+from fewbits.quant.checkpoint import INDEX, disk_errors
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
@@ -204,10 +204,13 @@ def staged(out: Path, *, single_file: bool, force: bool) -> Iterator[Path]:
     taken = out.exists() and not (out.is_dir() and not single_file and not any(out.iterdir()))
     if taken and not force:
         raise CheckpointError(f"{out}: exists; choose another output, or --force to replace it")
-    if taken and (out.is_dir() == single_file or (out.is_dir() and not _is_model(out))):
+    if taken and (out.is_dir() == single_file or not _is_export(out)):
         raise CheckpointError(f"{out}: is no export that could be replaced; choose another output")
     with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CheckpointError(f"{out}: cannot be written ({error}); choose another output") from error
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             place = work / out.name
@@ -219,8 +222,12 @@ def staged(out: Path, *, single_file: bool, force: bool) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def _is_export(out: Path) -> bool:
+    """Whether an export of ours lies there, and not a model, a checkpoint or other people's files."""
+    if out.is_dir():
+        return (out / "fewbits.lock").is_file() and not (out / INDEX).is_file()
+    with open(out, "rb") as f:
+        return f.read(4) == b"GGUF"
 
 
 def _publish(place: Path, out: Path) -> None:

@@ -7,10 +7,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from fewbits.quant.formats import layout_name
+from fewbits.quant.plan import format_fact
+from fewbits.quant.targets import find_targets
+from fewbits.quant.types import QuantizedTensor
 from tests.conftest import save_tiny_model
+from tests.serving.conftest import write
 
 SYMMETRIC = {"format__symmetric": True}
 
@@ -70,3 +77,24 @@ def local(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def config_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
+
+
+def write_checkpoint(source: Path, out: Path, tensors: dict[str, QuantizedTensor]) -> Path:
+    """A checkpoint whose codes are given and not found: ``tensors`` by the names of linears, the rest stays dense."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    linears = {t.name: t for t in find_targets(model) if t.kind == "linear"}
+    tied = set(model.all_tied_weights_keys)
+    stored = {n: t for n, t in model.state_dict().items() if n not in tied and n.removesuffix(".weight") not in tensors}
+    facts = [{"name": n, "shape": list(t.shape), "format": "float32", "bits_per_weight": 32.0, "bytes": t.nbytes,
+              "linear": False} for n, t in stored.items()]
+    for name, tensor in tensors.items():
+        stored |= {f"{name}.{k}": t for k, t in tensor.pack().items()}
+        facts.append(format_fact(name, tensor.shape, tensor.layout, linear=True))
+    config = {
+        "quant_method": "fewbits", "format_version": 1, "default": "int2_sym_row",
+        "exceptions": {n: layout_name(t.layout) for n, t in tensors.items()}, "keep": sorted(linears.keys() - tensors),
+    }
+    write(source, out, stored, config, shards=2)
+    (out / "plan.json").write_text(json.dumps({"version": 1, "recipe": "given", "tensors": facts}))
+    (out / "fewbits.lock").write_text(json.dumps({"seed": 0}))
+    return out
