@@ -63,6 +63,7 @@ def with_8_bit_activations(model: nn.Module, kept: set[str]) -> nn.Module:
     ("llama", ("lm_head",), "int2_sym_row"),
     ("llama", ("lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"), "int2_sym_g16"),
     ("llama-tied", ("lm_head",), "int2_sym_g32"),
+    ("llama", (), "int2_sym_row"),  # the head too
     ("phi", ("lm_head",), "int2_sym_row"),  # with biases
 ])
 def test_loads(family, keep, fmt, tiny, reader, tmp_path):
