@@ -121,7 +121,9 @@ def _any_expert(name: str) -> str:
 
     transformers takes the first group with a regular expression that says "experts" for the format of all experts.
     """
-    layer, _, projection = name.rsplit(".", 2)
+    layer, index, projection = name.rsplit(".", 2)
+    if not index.isdigit():  # one parameter for all experts on the hub too
+        return name
     return rf"re:{re.escape(layer)}\.\d+\.{re.escape(projection)}$"
 
 
