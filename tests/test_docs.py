@@ -14,15 +14,18 @@ from tests.conftest import save_tiny_model
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = ["export.md", "llamacpp.md", "sglang.md", "vllm.md"]
 NOT_HERE = ("serve", "push", "sweep")
-"""Commands that do not end by themselves, that need an account, or that other tests run."""
+"""Commands that do not end by themselves, that need an account, or that other tests run; as they do with a model of
+ternary weights."""
 
 
 def commands(page: str) -> list[list[str]]:
-    """Every ``fewbits ...`` line of a page's code, lines that end in a backslash joined."""
+    """Every line of a page's code that is a command of ours, lines that end in a backslash joined."""
     text = (DOCS / page).read_text().replace("\\\n", " ")
-    lines = [line.strip().removeprefix("$ ") for line in text.splitlines() if line.startswith("    ")]
+    fenced = "\n".join(text.split("```")[1::2]).splitlines()
+    indented = [line for line in text.splitlines() if line.startswith("    ")]
+    lines = [line.strip().removeprefix("$ ") for line in [*fenced, *indented]]
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("fewbits ")]
-    return [words[1:] for words in found if words[1] not in NOT_HERE]
+    return [words[1:] for words in found if words[1] not in NOT_HERE and "./ternary" not in words]
 
 
 @pytest.mark.parametrize("page", PAGES)
