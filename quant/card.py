@@ -68,7 +68,8 @@ def _parts(
     evaluated: Mapping[str, Any] | None,
 ) -> Iterable[str]:
     lock = facts.provenance
-    base = str(lock["model"]["name"])
+    model = lock.get("model") or {}
+    base = str(model.get("name", "a model"))
     base = base if _HUB_ID.fullmatch(base) else Path(base).name  # a local path is nobody else's business
     yield _front_matter(base, directory, layout)
     yield f"# {name}\n"
@@ -83,7 +84,7 @@ def _parts(
     yield "## How it was made\n"
     sources = (lock.get("calibration") or {}).get("sources", [])
     rows = {
-        "base model": base + (f" at {lock['model']['revision']}" if lock["model"].get("revision") else ""),
+        "base model": base + (f" at {model['revision']}" if model.get("revision") else ""),
         "recipe": lock.get("recipe_name"), "seed": lock.get("seed"), "fewbits": lock.get("fewbits"),
         "calibration": "; ".join(s if s.startswith("hf:") else s.rpartition("/")[2] for s in sources) or "none",
         "sha256 of fewbits.lock": sha256_file(directory / "fewbits.lock"),

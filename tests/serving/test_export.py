@@ -42,7 +42,7 @@ def test_what_is_written(to, quantized, tmp_path):
     files = {p.name for p in out.iterdir()}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert files == {"config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json",
-                     "tokenizer_config.json", "fewbits.lock"} | shards
+                     "tokenizer_config.json", "fewbits.lock", "README.md"} | shards
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert report.bytes == sum(p.stat().st_size for p in out.glob("*.safetensors")) and report.tensors == 14
     assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {0o666 & ~umask()}
