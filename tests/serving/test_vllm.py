@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +211,18 @@ def test_experts_are_refused(tmp_path):
     quantize(save_tiny_model(tmp_path / "a", "qwen3-moe"), tmp_path / "b")
     with pytest.raises(Exception, match="mixtures of experts cannot be read by the vLLM plug-in"):
         engine(tmp_path / "b")
+
+
+def test_the_commands_of_the_docs_are_known_to_vllm():
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    text = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text()
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("    vllm serve ")]
+    assert len(commands) >= 8
+    for command in commands:
+        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+        assert f"--tensor-parallel-size {parsed.tensor_parallel_size}" in " ".join(command) or len(command) == 1
 
 
 # -- the engine ----------------------------------------------------------------------------------------------------
