@@ -23,8 +23,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder, or file, to write.")],
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="WHAT", help="Take what not every engine reads: asymmetric, odd-bits, "
-                                                     "dense-experts. Can be given again."),
+        typer.Option("--allow", metavar="WHAT", help="Take what not every engine reads, or not every tensor fits: "
+                                                     "asymmetric, odd-bits, dense-experts, ternary (gguf). Can be "
+                                                     "given again."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: JsonOption = None,

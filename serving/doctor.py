@@ -18,9 +18,11 @@ from fewbits.kernels.dispatch import select_kernel
 from fewbits.quant.allocate.menu import ENGINES
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.types import Layout
 from fewbits.serving.export import EXPORTS, make_exporter
 from fewbits.serving.export.base import group_of, one_integer_format
 from fewbits.serving.export.stored import Stored, open_stored
+from fewbits.serving.tensor_parallel import column_splits
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -120,18 +122,19 @@ def _vllm(stored: Stored) -> Verdict:
     kernel = "Marlin or Machete" if widths <= {4, 8} else "Marlin; for 2 bits Humming, compute capability 7.5 or newer"
     on_cpu = "; on CPU: 4 bits" if widths == {4} else "; not on CPU, which has 4 bits only"
     return Verdict("vLLM", CHECKED["vllm"], "after export", _export(stored, "compressed-tensors"), kernel + on_cpu,
-                   tensor_parallel_sizes(stored))
+                   tensor_parallel_sizes(stored, _stock_cuts))
 
 
 def _vllm_plugin(stored: Stored) -> Verdict:
-    from fewbits.serving.vllm import obstacle
-
-    reasons = [f"{n}: {why}" for n, (t, layout) in stored.matrices.items() if (why := obstacle(t, layout))][:1]
-    if reasons:
-        return Verdict("vLLM with fewbits' plug-in", CHECKED["vllm"], "no", reasons=reasons)
+    engine = "vLLM with fewbits' plug-in"
+    experts = [n for n, (target, _) in stored.matrices.items() if target.kind == "expert"]
+    if experts:
+        return Verdict(engine, CHECKED["vllm"], "no", reasons=[
+            f"{experts[0]}: mixtures of experts cannot be read by the plug-in; quantize with --target vllm, and export"
+        ])
     how = f"pip install fewbits beside vllm; vllm serve {stored.path}"
-    return Verdict("vLLM with fewbits' plug-in", CHECKED["vllm"], "with plug-in", how, "fewbits",
-                   tensor_parallel_sizes(stored))
+    sizes = tensor_parallel_sizes(stored, _plugin_cuts)
+    return Verdict(engine, CHECKED["vllm"], "with plug-in", how, "fewbits", sizes)
 
 
 def _sglang(stored: Stored) -> Verdict:
@@ -139,7 +142,7 @@ def _sglang(stored: Stored) -> Verdict:
     if reasons:
         return Verdict("SGLang", CHECKED["sglang"], "no", reasons=[*reasons, "or quantize with --target sglang"])
     return Verdict("SGLang", CHECKED["sglang"], "after export", _export(stored, "compressed-tensors"), "Marlin",
-                   tensor_parallel_sizes(stored))
+                   tensor_parallel_sizes(stored, _stock_cuts))
 
 
 def _llamacpp(stored: Stored) -> Verdict:
@@ -188,34 +191,44 @@ def _fused(stored: Stored) -> list[str]:
 # -- tensor parallel -------------------------------------------------------------------------------------------------
 
 
-def tensor_parallel_sizes(stored: Stored) -> list[int]:
-    """Numbers of ranks that heads and packed weights can be cut into, whole words and whole groups to each.
+Cuts = Callable[[Layout, int, str, int], bool]
+"""``cuts(layout, rows, style, ranks)``: whether a matrix can be cut so; ``style`` is of transformers' plan."""
+
+
+def tensor_parallel_sizes(stored: Stored, cuts: Cuts) -> list[int]:
+    """Numbers of ranks that heads and packed weights can be cut into.
 
     Which linears are cut by rows and which by columns is transformers' own plan for the model.
     """
     config = stored.model.config.get_text_config()
     plan = getattr(config, "base_model_tp_plan", None)
-    heads = getattr(config, "num_attention_heads", 1)
     if not plan:
         return [1]
     styles = [(re.compile(r"(.*\.)?" + re.escape(k).replace(r"\*", r"\d+")), v) for k, v in plan.items()]
-    cut = [(fmt, target.shape, next((v for p, v in styles if p.fullmatch(target.name)), ""))
-           for target, layout in stored.matrices.values() if isinstance(fmt := one_integer_format(layout), IntFormat)]
-    kv = getattr(config, "num_key_value_heads", None) or heads
+    matrices = [(layout, target.shape[0], next((v for p, v in styles if p.fullmatch(target.name)), ""))
+                for target, layout in stored.matrices.values()]
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads  # heads of keys are cut, or else copied
     return [n for n in range(1, _MOST_RANKS + 1)
-            if heads % n == 0 and (kv % n == 0 or n % kv == 0) and all(_divides(*c, n) for c in cut)]
+            if heads % n == 0 and (shared % n == 0 or n % shared == 0) and all(cuts(*m, n) for m in matrices)]
 
 
-def _divides(fmt: IntFormat, shape: tuple[int, int], style: str, ranks: int) -> bool:
-    rows, columns = shape
-    if style.startswith("colwise"):
-        whole_words = fmt.symmetric or rows // ranks * fmt.code_bits % 32 == 0  # zero points are packed along the rows
-        return rows % ranks == 0 and (ranks == 1 or whole_words)
+def _stock_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
+    """vLLM and SGLang cut stored words, so each rank must get whole words and whole groups."""
+    fmt = one_integer_format(layout)
+    assert isinstance(fmt, IntFormat)
     if style.startswith("rowwise"):
-        part = columns // ranks
-        group = group_of(fmt, columns)
-        return columns % ranks == 0 and (ranks == 1 or (part * fmt.code_bits % 32 == 0 and part % (group or 1) == 0))
-    return True
+        part, group = layout.columns // ranks, group_of(fmt, layout.columns) or 1
+        return ranks == 1 or (layout.columns % ranks == 0 and part * fmt.code_bits % 32 == 0 and part % group == 0)
+    words = fmt.symmetric or rows // ranks * fmt.code_bits % 32 == 0  # zero points are packed along the rows
+    return ranks == 1 or not style.startswith("colwise") or (rows % ranks == 0 and words)
+
+
+def _plugin_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
+    """The plug-in packs parts again, so that only groups must stay whole."""
+    if style.startswith("rowwise"):
+        return ranks in column_splits(layout, _MOST_RANKS)
+    return not style.startswith("colwise") or rows % ranks == 0
 
 
 # -- traps -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.allocate.predict import in_nats
@@ -24,7 +24,8 @@ class Engine:
         menu: formats offered where the user names none; ``int4`` takes the group size auto.
         fused: linears that read one input, and all experts of a layer, must share one format.
         bits, groups: legal ones (None: any); ``groups`` has None for one group per row.
-        symmetric: whether only symmetric formats are read.
+        symmetric: bits at which only symmetric formats are read.
+        blocks: bits -> columns that every group, be it a row, is a multiple of.
         outside: whether it reads a quantized embedding and head.
         runs: whether a tensor may have several formats, over columns that may be sorted.
     """
@@ -33,7 +34,8 @@ class Engine:
     fused: bool = False
     bits: tuple[int, ...] | None = None
     groups: tuple[int | None, ...] | None = None
-    symmetric: bool = False
+    symmetric: tuple[int, ...] = ()
+    blocks: Mapping[int, int] = field(default_factory=dict)
     outside: bool = False
     runs: bool = False
 
@@ -45,17 +47,21 @@ class Engine:
     def _reads(self, fmt: IntFormat, columns: int) -> bool:
         group = None if fmt.group_size == columns else fmt.group_size
         return (
-            (self.bits is None or fmt.code_bits in self.bits) and (fmt.symmetric or not self.symmetric)
+            (self.bits is None or fmt.code_bits in self.bits) and (fmt.symmetric or fmt.code_bits not in self.symmetric)
             and (self.groups is None or group in self.groups or fmt.group_size in self.groups)
+            and (fmt.group_size or columns) % self.blocks.get(fmt.code_bits, 1) == 0
         )
 
 
 ENGINES: dict[str, Engine] = {
     "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True, runs=True),
-    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=True),
-    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), True),
-    "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), True),
-    "llama.cpp": Engine(("int4_sym_g32", "int4_g32", "int8_sym_g32"), bits=(4, 8), groups=(32,)),
+    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=(2, 4, 8)),
+    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8)),
+    "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), (4, 8)),
+    # offered are the formats that take as many bytes there as here; larger groups and zero points take more
+    "llama.cpp": Engine(
+        ("int2_sym_g256", "int4_sym_g32", "int5_sym_g32", "int8_sym_g32"), bits=(2, 4, 5, 8), symmetric=(2, 8),
+        blocks={2: 256, 4: 32, 5: 32, 8: 32}, outside=True),
 }
 """Engine -> what it reads once the checkpoint is exported to it; the names of ``--target``."""
 

@@ -10,12 +10,14 @@ from fewbits.quant.errors import RecipeError, nearest
 from fewbits.serving.export.base import Exporter, ExportReport, Progress, require_exportable, staged, totals
 from fewbits.serving.export.bitnet import BitNet
 from fewbits.serving.export.compressed_tensors import CompressedTensors
+from fewbits.serving.export.gguf import Gguf
 from fewbits.serving.export.gptq import Gptq
 from fewbits.serving.export.stored import open_stored
 
 EXPORTS: dict[str, type[Exporter]] = {
     "bitnet": BitNet,
     "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
     "gptq": Gptq,
 }
 """The name of a target -> what writes it; its options are its fields."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fewbits.quant.bitpack import pack_rows, unpack_rows
 from fewbits.quant.formats import parse_layout
 from fewbits.quant.targets import find_targets, read_weight
 from fewbits.quant.types import Layout, QuantizedTensor, Segment
@@ -79,6 +80,17 @@ def write(source: Path, out: Path, tensors: dict[str, Tensor], config: dict, *, 
         save_file(part, out / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file_name)
     (out / "fewbits.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def make_ternary(folder: Path) -> None:
+    """The 2-bit integers of a checkpoint lose their lowest value: -2 becomes -1."""
+    for file in folder.glob("fewbits-*.safetensors"):
+        tensors = load_file(file)
+        for name in [n for n in tensors if n.endswith("weight_packed")]:
+            columns = int(tensors[name.replace("_packed", "_shape")][1])
+            if tensors[name].shape[1] * 16 == columns:
+                tensors[name] = pack_rows(unpack_rows(tensors[name], 2, columns).clamp(min=1), 2)
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
