@@ -16,6 +16,7 @@ from fewbits.serving.export import export
 from fewbits.serving.export.stored import open_stored
 from tests.conftest import save_tiny_model
 from tests.serving.exporting import SYMMETRIC, config_of, every_format, local, tensors_of
+from tests.vision import save_llava
 
 # Odd multiples of 32, which is what the layout takes.
 SHAPES = {
@@ -170,6 +171,18 @@ def test_kept_experts(quantized, tmp_path):
     assert rule_for(config, "model.layers.1.mlp.experts") is None
     assert rule_for(config, "model.layers.1.mlp.experts.2.up_proj") is None
     assert rule_for(config, "model.layers.0.mlp.experts")["bits"] == 4
+
+
+def test_vision_language_model(quantized, tmp_path):
+    folder = quantized(save_llava(tmp_path / "model"), {"*.0.mlp.*": "int8_sym_g32"}, **FORMATS)
+    config, tensors = to_gptq(folder, tmp_path / "out"), tensors_of(tmp_path / "out")
+    assert "language_model.model.layers.0.mlp.up_proj.qweight" in tensors
+    for text in ("language_model.model", "model.language_model"):  # on the hub, and in the model
+        assert rule_for(config, f"{text}.layers.0.mlp.gate_up_proj")["bits"] == 8
+        assert rule_for(config, f"{text}.layers.1.mlp.up_proj")["bits"] == 4
+    for tower in ("vision_tower.encoder", "model.vision_tower.encoder"):
+        assert rule_for(config, f"{tower}.layers.1.self_attn.q_proj") is None
+        assert rule_for(config, f"{tower}.layers.1.self_attn.qkv_proj") is None
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

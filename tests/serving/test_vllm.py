@@ -214,7 +214,7 @@ def test_experts_are_refused(tmp_path):
 
 
 def test_the_commands_of_the_docs_are_known_to_vllm():
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     text = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text()
