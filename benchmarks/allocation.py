@@ -41,7 +41,6 @@ MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
 MENUS["baq-across"] = MENUS["auto-columns"] = MENUS["baq"]
 MORE: dict[str, dict[str, Any]] = {
-    "evopress": {"allocate.generations": 10},
     "baq-across": {"allocate.damage": "baq"}, "baq-matrices": {"allocate.damage": "baq", "allocate.unit": "tensor"},
     "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []},
 }
@@ -55,8 +54,10 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--recipes", nargs="*", default=[*MENUS, "uniform"])
     parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--generations", type=int, default=10, help="of evopress; each takes over a minute")
     parser.add_argument("--autoscheme", metavar="PYTHON", help="interpreter of an environment with auto-round")
     args = parser.parse_args()
+    MORE["evopress"] = {"allocate.generations": args.generations}
     source = protocol.real_model()
     baseline = open_source(source).path
     bench = "allocation-sequential" if args.sequential else "allocation"

@@ -32,12 +32,16 @@ def _allocation(rows: list[Row]) -> str:
         return [f"{p['kl_mean']:.3f} ({low:.3f} to {high:.3f})", f"{held['kl_mean']:.3f}",
                 "yes" if low <= held["kl_mean"] <= high else "no"]
 
+    def name(r: Row) -> str:
+        search = r.get("search") or {}
+        return f"{r['recipe']} ({search['generations']} generations)" if search else r["recipe"]
+
     rows = sorted(rows, key=lambda r: (round(r["bits_per_weight"], 2), r["kl_mean"]))
     return _table(
         ["recipe", "budget", "stored bits per weight", "KL to the original", "predicted, held-out text",
          "measured, held-out text", "in the band", "CPU s: survey",
          "quantization", "wall s: allocation", "measuring plans"],
-        [[r["recipe"], r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+        [[name(r), r["budget"], f"{r['bits_per_weight']:.4f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
           *foreseen(r), *(f"{r[k]:.0f}" if k in r else "" for k in ("survey_cpu_seconds", "cpu_seconds")),
           *(f"{r['seconds'][k]:.1f}" if k in r.get("seconds", {}) else "" for k in ("allocation", "measuring plans"))]
          for r in rows],

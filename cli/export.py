@@ -11,6 +11,7 @@ from fewbits.cli.common import STDOUT, JsonOption, ProgressBars, examples, repor
 
 EPILOG = examples(
     "fewbits export ./model-w4 --to compressed-tensors -o ./model-w4-ct",
+    "fewbits export ./model-w4 --to gptq -o ./model-w4-gptq",
     "fewbits export ./model-w4 --to gguf -o ./model-w4.gguf",
     "fewbits export ./model-w3 --to compressed-tensors --allow odd-bits -o ./model-w3-ct",
 )
@@ -22,9 +23,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder, or file, to write.")],
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="WHAT", help="Take what not every version of an engine reads, or not every "
-                                                     "tensor fits: odd-bits, asymmetric (compressed-tensors), "
-                                                     "ternary (gguf). Can be given again."),
+        typer.Option("--allow", metavar="WHAT", help="Take what not every engine reads, or not every tensor fits: "
+                                                     "asymmetric, odd-bits, dense-experts, ternary (gguf). Can be "
+                                                     "given again."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: JsonOption = None,

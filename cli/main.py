@@ -29,6 +29,10 @@ COMMANDS = {
     "generate": "fewbits.cli.generate:generate",
     "inspect": "fewbits.cli.inspect:inspect",
     "export": "fewbits.cli.export:export",
+    "doctor": "fewbits.cli.doctor:doctor",
+    "serve": "fewbits.cli.serve:serve",
+    "card": "fewbits.cli.card:card",
+    "push": "fewbits.cli.push:push",
     "recipes": "fewbits.cli.recipes:recipes",
 }
 """Subcommand -> module and function. The modules import nothing heavy at their top, so that ``--help`` is quick; the

@@ -25,7 +25,8 @@ from fewbits.eval.models import choose_device
 from fewbits.eval.speed import peak_rss_bytes
 from fewbits.quant.allocate.menu import require_readable
 from fewbits.quant.allocate.planning import Planner, read_plan
-from fewbits.quant.checkpoint import CheckpointWriter, file_sizes
+from fewbits.quant.card import write_card
+from fewbits.quant.checkpoint import CheckpointWriter, disk_errors, file_sizes
 from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
@@ -208,7 +209,9 @@ def quantize(
     try:
         if judged:
             _judge(report, source, held_out, max_kl, device, progress)
-    finally:  # a missed gate reports what the run cost too
+    finally:  # a missed gate is told of, and reports what the run cost too
+        with disk_errors(Path(out)):
+            write_card(Path(out), Path(out), measured=report.measured)
         report.seconds = time.monotonic() - started
         report.cpu_seconds = time.process_time() - cpu_started
         report.peak_rss_bytes = peak_rss_bytes()

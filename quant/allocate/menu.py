@@ -55,7 +55,7 @@ class Engine:
 
 ENGINES: dict[str, Engine] = {
     "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True, runs=True),
-    "transformers": Engine(("int2", "int4", "int8"), bits=(2, 4, 8)),
+    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=(2, 4, 8)),
     "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8)),
     "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), (4, 8)),
     # offered are the formats that take as many bytes there as here; larger groups and zero points take more

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from fewbits.quant.card import write_card
 from fewbits.quant.errors import RecipeError, nearest
 from fewbits.serving.export.base import Exporter, ExportReport, Progress, require_exportable, staged, totals
+from fewbits.serving.export.bitnet import BitNet
 from fewbits.serving.export.compressed_tensors import CompressedTensors
 from fewbits.serving.export.gguf import Gguf
+from fewbits.serving.export.gptq import Gptq
 from fewbits.serving.export.stored import open_stored
 
 EXPORTS: dict[str, type[Exporter]] = {
+    "bitnet": BitNet,
     "compressed-tensors": CompressedTensors,
     "gguf": Gguf,
+    "gptq": Gptq,
 }
 """The name of a target -> what writes it; its options are its fields."""
 
@@ -42,6 +47,8 @@ def export(
     out = Path(out)
     with staged(out, single_file=exporter.single_file, force=force) as place:
         warnings = exporter.write(stored, place, progress or (lambda what, done, total: None))
+        if not exporter.single_file:
+            write_card(stored.path, place, layout=to)
     return ExportReport(str(out), to, totals(out), len(stored.matrices), warnings)
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewbits.quant.checkpoint import disk_errors
+from fewbits.quant.checkpoint import INDEX, disk_errors
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
@@ -80,6 +81,15 @@ def require_exportable(stored: Stored, exporter: Exporter, name: str) -> None:
         raise FormatError(f"{found[0][0]}: {name} {found[0][1]}{more}")
 
 
+def no_linear(target: Target) -> str | None:
+    """Why something else than a linear cannot be written packed; None for linears and experts."""
+    if target.kind == "embedding":
+        return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
+    if target.kind == "conv1d":
+        return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
+    return None
+
+
 def one_integer_format(layout: Layout) -> IntFormat | str:
     """The integer format of a whole matrix, or why it has none."""
     if layout.permuted or len(layout.runs) > 1:
@@ -87,6 +97,13 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
                 "quantize with allocate.unit = 'tensor'")
     fmt = layout.runs[0][0]
     return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
+
+
+def integer_format(layout: Layout) -> IntFormat:
+    """The integer format of a matrix that was found to have one."""
+    fmt = one_integer_format(layout)
+    assert isinstance(fmt, IntFormat)
+    return fmt
 
 
 def group_of(fmt: IntFormat, columns: int) -> int | None:
@@ -126,17 +143,43 @@ def write_folder(
         index |= dict.fromkeys(tensors, file)
         size += sum(t.nbytes for t in tensors.values())
     progress(_STEP, len(shards), len(shards))
-    _write_json(folder / "config.json", stored.config | {"quantization_config": dict(quantization_config)})
+    _write_json(folder / "config.json", _config(stored) | {"quantization_config": dict(quantization_config)})
     _write_json(folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
     for path in carried(stored.path):
         shutil.copyfile(path, folder / path.name)
 
 
+def _config(stored: Stored) -> dict[str, Any]:
+    """config.json, which no longer says that the head is the embedding where the head has codes of its own."""
+    config = dict(stored.config)
+    if stored.model.all_tied_weights_keys and not stored.tied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    return config
+
+
 def dense_linears(stored: Stored) -> list[str]:
-    """Linears that stay as they are, by the names of the hub: configurations list them."""
-    names = [t.name for t in find_targets(stored.model) if t.kind == "linear" and t.name not in stored.matrices]
-    return sorted(hub_names(stored, names))
+    """What multiplies by a matrix that stays as it is: linears, heads, routers. Configurations list them.
+
+    By the names of the hub and by those in the model: engines look for either.
+    """
+    packed = {t.module_path for t, _ in stored.matrices.values()}
+    names = [path for path, module in stored.model.named_modules()
+             if path not in packed and not isinstance(module, nn.Embedding)
+             and isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2]
+    return sorted({*names, *hub_names(stored, names)})
+
+
+def dense_experts(stored: Stored) -> list[str]:
+    """Projections of experts that stay as they are, by the names of the hub."""
+    kept: dict[str, Tensor] = {}
+    for target in find_targets(stored.model):
+        if target.kind == "expert" and target.name not in stored.matrices:
+            param = getattr(stored.model.get_submodule(target.module_path), target.param_name)
+            kept[f"{target.module_path}.{target.param_name}"] = torch.zeros(*param.shape[:2], 1)
+    return [name.removesuffix(".weight") for name in hub_tensors(stored, kept)]
 
 
 def carried(folder: Path) -> list[Path]:
@@ -161,10 +204,13 @@ def staged(out: Path, *, single_file: bool, force: bool) -> Iterator[Path]:
     taken = out.exists() and not (out.is_dir() and not single_file and not any(out.iterdir()))
     if taken and not force:
         raise CheckpointError(f"{out}: exists; choose another output, or --force to replace it")
-    if taken and (out.is_dir() == single_file or (out.is_dir() and not _is_model(out))):
+    if taken and (out.is_dir() == single_file or not _is_export(out)):
         raise CheckpointError(f"{out}: is no export that could be replaced; choose another output")
     with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CheckpointError(f"{out}: cannot be written ({error}); choose another output") from error
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             place = work / out.name
@@ -176,8 +222,12 @@ def staged(out: Path, *, single_file: bool, force: bool) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def _is_export(out: Path) -> bool:
+    """Whether an export of ours lies there, and not a model, a checkpoint or other people's files."""
+    if out.is_dir():
+        return (out / "fewbits.lock").is_file() and not (out / INDEX).is_file()
+    with open(out, "rb") as f:
+        return f.read(4) == b"GGUF"
 
 
 def _publish(place: Path, out: Path) -> None:

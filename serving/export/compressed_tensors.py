@@ -2,19 +2,32 @@
 
 Codes, scales and zero points are stored as this format has them already, so files are renamed and not repacked. Each
 format becomes one config group that lists its modules by exact name: engines match groups in the order of their keys,
-which a ``save_pretrained`` sorts, and disjoint names are the same in any order.
+which a ``save_pretrained`` sorts, and disjoint names are the same in any order. Experts have a group of their own.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewbits.quant.errors import FormatError
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout
-from fewbits.serving.export.base import Progress, dense_linears, group_of, one_integer_format, write_folder
+from fewbits.serving.export.base import (
+    Progress,
+    dense_experts,
+    dense_linears,
+    group_of,
+    integer_format,
+    no_linear,
+    one_integer_format,
+    write_folder,
+)
 from fewbits.serving.export.names import hub_matrices
 from fewbits.serving.export.stored import Stored
 
@@ -27,10 +40,12 @@ class CompressedTensors:
     odd_bits: take 3, 5, 6 and 7 bits: compressed-tensors packs them without gaps from 0.18 on, and with gaps before,
         and nothing in the files says which.
     asymmetric: take zero points, which transformers cannot load with compressed-tensors 0.18 to 0.20.
+    dense_experts: take experts that were kept dense beside quantized linears, which transformers cannot load.
     """
 
     odd_bits: bool = False
     asymmetric: bool = False
+    dense_experts: bool = False
 
     single_file = False
 
@@ -38,10 +53,8 @@ class CompressedTensors:
         fmt = one_integer_format(layout)
         if isinstance(fmt, str):
             return fmt
-        if target.kind == "embedding":
-            return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
-        if target.kind == "conv1d":
-            return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
+        if (why := no_linear(target)) is not None:
+            return why
         group = "row" if fmt.group_size is None else f"g{fmt.group_size}"
         if fmt.code_bits == 1:
             return f"has no 1-bit integers; quantize it as int2_sym_{group}"
@@ -55,24 +68,37 @@ class CompressedTensors:
         return None
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
+        if not self.dense_experts and (kept := dense_experts(stored)):
+            raise FormatError(f"{kept[0]}: is kept dense, and transformers loads no experts from compressed-tensors "
+                              f"but quantized ones ({len(kept)} tensors are like it); quantize them too, or --allow "
+                              "dense-experts for engines that do, such as vLLM")
         config = quantization_config(stored)
         write_folder(stored, out, config, lambda name, tensor: tensor.pack(), progress)
         return _warnings(config)
 
 
 def quantization_config(stored: Stored) -> dict[str, Any]:
-    """``quantization_config``: a group for each format, and the linears that stay as they are."""
-    members: dict[IntFormat, list[str]] = {}
+    """``quantization_config``: a group for each format, and the linears that stay as they are.
+
+    Raises:
+        FormatError: the experts have several formats.
+    """
+    experts = _experts_format(stored)
+    members: dict[tuple[IntFormat, bool], list[str]] = {}
     for matrix in hub_matrices(stored):
         target, layout = stored.matrices[matrix.of]
-        fmt = one_integer_format(layout)
-        assert isinstance(fmt, IntFormat)
-        whole = IntFormat(fmt.code_bits, group_of(fmt, target.shape[1]), fmt.symmetric)  # whatever the scale's dtype
-        members.setdefault(whole, []).append(matrix.name)
+        if target.kind == "expert":
+            assert experts is not None
+            members.setdefault((experts, True), []).append(_any_expert(matrix.name))
+        else:
+            fmt = _of_rows(integer_format(layout), target.shape[1])
+            # transformers looks for the module's own path, others for the name on the hub
+            members.setdefault((fmt, False), []).extend(dict.fromkeys([matrix.name, matrix.of]))
     groups = {}
-    for i, (fmt, names) in enumerate(sorted(members.items(), key=lambda m: m[0].name)):
+    for i, ((fmt, _), names) in enumerate(sorted(members.items(), key=lambda m: (m[0][1], m[0][0].name))):
         groups[f"group_{i}"] = {
-            "targets": names, "format": "pack-quantized", "input_activations": None, "output_activations": None,
+            "targets": list(dict.fromkeys(names)), "format": "pack-quantized",
+            "input_activations": None, "output_activations": None,
             "weights": {
                 "num_bits": fmt.code_bits, "type": "int", "symmetric": fmt.symmetric, "dynamic": False,
                 "strategy": "group" if fmt.group_size else "channel", "group_size": fmt.group_size, "actorder": None,
@@ -80,8 +106,52 @@ def quantization_config(stored: Stored) -> dict[str, Any]:
         }
     return {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": groups, "ignore": dense_linears(stored),
+        "config_groups": groups,
+        "ignore": [*dense_linears(stored), *dict.fromkeys(_any_expert(n) for n in dense_experts(stored))],
     }
+
+
+def _of_rows(fmt: IntFormat, columns: int) -> IntFormat:
+    """The format whatever the dtype of its scales, a group as long as the row being the row."""
+    return IntFormat(fmt.code_bits, group_of(fmt, columns), fmt.symmetric)
+
+
+def _any_expert(name: str) -> str:
+    """The target that stands for one projection of all experts of a layer.
+
+    transformers takes the first group with a regular expression that says "experts" for the format of all experts.
+    """
+    layer, index, projection = name.rsplit(".", 2)
+    if not index.isdigit():  # one parameter for all experts on the hub too
+        return name
+    return rf"re:{re.escape(layer)}\.\d+\.{re.escape(projection)}$"
+
+
+def _experts_format(stored: Stored) -> IntFormat | None:
+    """The one format of all experts, or None where there are none.
+
+    transformers decodes the experts of every layer by one group of the configuration, whatever the others say.
+    """
+    experts = {n: (t, integer_format(layout)) for n, (t, layout) in stored.matrices.items() if t.kind == "expert"}
+    if not experts:
+        return None
+    by_rows = {n: _of_rows(fmt, t.shape[1]) for n, (t, fmt) in experts.items()}
+    by_groups = {n: IntFormat(fmt.code_bits, fmt.group_size, fmt.symmetric) for n, (_, fmt) in experts.items()}
+    for formats in (by_rows, by_groups):
+        if len(set(formats.values())) == 1:
+            return next(iter(formats.values()))
+    first = next(iter(by_groups))
+    other = next(n for n, fmt in by_groups.items() if fmt != by_groups[first])
+    raise FormatError(f"{other}: compressed-tensors takes one format for all experts, since transformers decodes the "
+                      f"others wrongly and says nothing; got {by_groups[other].name} here and {by_groups[first].name} "
+                      f"in {first}; quantize them alike, e.g. as {_for_all(list(by_groups.values())).name}")
+
+
+def _for_all(formats: Sequence[IntFormat]) -> IntFormat:
+    """The narrowest format that is no coarser than any of these, all of them dividing the same matrices."""
+    groups = [f.group_size for f in formats if f.group_size]
+    return IntFormat(max(f.code_bits for f in formats), math.gcd(*groups) if groups else None,
+                     all(f.symmetric for f in formats))
 
 
 def _nearest(bits: int) -> int:
@@ -89,7 +159,8 @@ def _nearest(bits: int) -> int:
 
 
 def _warnings(config: dict[str, Any]) -> list[str]:
-    if len(config["config_groups"]) < 2:
+    experts = [any(t.startswith("re:") for t in g["targets"]) for g in config["config_groups"].values()]
+    if experts.count(False) < 2:
         return []
-    return ["several formats: transformers decodes all but the first wrongly, and says nothing, when it is asked to "
-            "dequantize=True while loading; load without it"]
+    return ["several formats: transformers decodes all linears but those of the first wrongly, and says nothing, "
+            "when it is asked to dequantize=True while loading; load without it"]

@@ -17,12 +17,13 @@ _LAZY = {
     "plan": "fewbits.quant.allocate.run",
     "sweep": "fewbits.quant.allocate.run",
     "load": "fewbits.serving.transformers",
+    "export": "fewbits.serving.export",
     "evaluate": "fewbits.eval.report",
     "Recipe": "fewbits.quant.recipe",
     "FewbitsError": "fewbits.quant.errors",
 }
 
-__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "load", "plan", "quantize", "sweep"]
+__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "export", "load", "plan", "quantize", "sweep"]
 
 if TYPE_CHECKING:
     from fewbits.eval.report import evaluate
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fewbits.quant.errors import FewbitsError
     from fewbits.quant.pipeline import quantize
     from fewbits.quant.recipe import Recipe
+    from fewbits.serving.export import export
     from fewbits.serving.transformers import load
 
 

@@ -164,3 +164,39 @@ def copied(checkpoint, tmp_path: Path):
         return shutil.copytree(checkpoint(family, **options)[0], tmp_path / "copy")
 
     return make
+
+
+# -- exports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reader():
+    """A process that loads exports and has never heard of fewbits."""
+    from tests.serving.reader import Reader
+
+    reader = Reader()
+    yield reader
+    reader.close()
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny, tmp_path_factory: pytest.TempPathFactory):
+    """``quantized(family or folder, **recipe keys) -> Path``: a checkpoint of the real pipeline, made once.
+
+    Dots in keys are written as two underscores; ``formats``, by exact name, becomes the recipe's rules.
+    """
+    import fewbits
+
+    made: dict[str, Path] = {}
+
+    def make(source: str | Path, formats: dict[str, str] | None = None, **keys: object) -> Path:
+        key = f"{source}{formats}{keys}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantized") / "model"
+            overrides = {k.replace("__", "."): v for k, v in keys.items()}
+            rules = [{"match": name, "format": fmt} for name, fmt in (formats or {}).items()]
+            folder = source if isinstance(source, Path) else tiny(source)
+            fewbits.quantize(folder, made[key], recipe="rtn", overrides=overrides | {"rules": rules})
+        return made[key]
+
+    return make

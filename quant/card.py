@@ -1,0 +1,155 @@
+"""The model card: README.md of a checkpoint, from its plan, its lock and what was measured. No number by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fewbits.quant.checkpoint import write_atomically
+from fewbits.quant.inspection import Inspection, inspect
+from fewbits.quant.shards import sha256_file
+
+CARD = "README.md"
+
+_LOADING = {
+    "fewbits": """```python
+import fewbits  # pip install fewbits
+
+model = fewbits.load("{name}")
+```
+
+Where `fewbits` is imported, `AutoModelForCausalLM.from_pretrained` of transformers loads it too, and vLLM where it is
+installed beside it. `fewbits serve {name}` starts an OpenAI-compatible endpoint, `fewbits doctor {name}` says which
+other engines read it and which export leads there.
+""",
+    "compressed-tensors": """```python
+from transformers import AutoModelForCausalLM  # pip install transformers compressed-tensors
+
+model = AutoModelForCausalLM.from_pretrained("{name}")  # without dequantize=True
+```
+
+    vllm serve {name}
+""",
+    "gptq": "    vllm serve {name}\n\nor any engine that reads the GPTQ layout.\n",
+    "bitnet": """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+""",
+}
+"""How a checkpoint in each layout is loaded."""
+
+
+def write_card(
+    directory: Path, out: Path, *, layout: str = "fewbits", measured: Mapping[str, Any] | None = None,
+    evaluated: Mapping[str, Any] | None = None,
+) -> None:
+    """Write README.md of a checkpoint, or of an export of it, to ``out``.
+
+    Args:
+        directory: the fewbits checkpoint.
+        layout: what ``out`` is written in.
+        measured: KL on held-out calibration text (``measured`` of the report of quantize).
+        evaluated: the report of ``fewbits eval --json``.
+    """
+    facts = inspect(directory)
+    card = "\n".join(_parts(facts, out.resolve().name, directory, layout, measured, evaluated))
+    write_atomically(out / CARD, card)
+
+
+def _parts(
+    facts: Inspection, name: str, directory: Path, layout: str, measured: Mapping[str, Any] | None,
+    evaluated: Mapping[str, Any] | None,
+) -> Iterable[str]:
+    lock = facts.provenance
+    model = lock.get("model") or {}
+    base = str(model.get("name", "a model"))
+    base = base if _HUB_ID.fullmatch(base) else Path(base).name  # a local path is nobody else's business
+    yield _front_matter(base, directory, layout)
+    yield f"# {name}\n"
+    yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
+           f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales and "
+           "zero points included. Made with fewbits.\n")
+    yield from _quality(measured, evaluated)
+    yield "## Load\n"
+    yield _LOADING[layout].format(name=name)
+    yield "## What is stored\n"
+    yield _classes(facts.tensors)
+    yield "## How it was made\n"
+    sources = (lock.get("calibration") or {}).get("sources", [])
+    rows = {
+        "base model": base + (f" at {model['revision']}" if model.get("revision") else ""),
+        "recipe": lock.get("recipe_name"), "seed": lock.get("seed"), "fewbits": lock.get("fewbits"),
+        "calibration": "; ".join(s if s.startswith("hf:") else s.rpartition("/")[2] for s in sources) or "none",
+        "sha256 of fewbits.lock": sha256_file(directory / "fewbits.lock"),
+    }
+    yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())]) + "\n"
+    yield "`fewbits.lock` has the hashes of the base model and of every file, and all versions.\n"
+
+
+def _quality(measured: Mapping[str, Any] | None, evaluated: Mapping[str, Any] | None) -> Iterable[str]:
+    rows = []
+    if measured and measured.get("kl_mean") is not None:
+        rows.append(("KL to the base model, nats per token, held-out calibration text",
+                     _spread(measured["kl_mean"], measured.get("kl_stderr"))))
+    if evaluated:
+        for key, label in (("perplexity", "perplexity"), ("perplexity_baseline", "perplexity of the base model"),
+                           ("kl_mean", "KL to the base model, nats per token"), ("top1_agreement", "top-1 agreement")):
+            if evaluated.get(key) is not None:
+                rows.append((label, _spread(evaluated[key], evaluated.get(key.replace("_mean", "") + "_stderr"))))
+        for task, metrics in sorted((evaluated.get("tasks") or {}).items()):
+            rows += [(f"{task}, {m}", _spread(v, metrics.get(f"{m}_stderr"))) for m, v in metrics.items()
+                     if not m.endswith("_stderr")]
+    if rows:
+        yield "## Measured\n"
+        yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]) + "\n"
+
+
+def _spread(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _classes(tensors: Iterable[Mapping[str, Any]]) -> str:
+    """A line for each kind of tensor: its last name, with the number of a layer or expert left out."""
+    classes: dict[str, list[Mapping[str, Any]]] = {}
+    for t in tensors:
+        name = str(t["name"]).removesuffix(".weight")
+        leaf = next(part for part in reversed(name.split(".")) if not part.isdigit())
+        classes.setdefault(leaf if len(t["shape"]) >= 2 else "vectors (norms, biases)", []).append(t)
+    lines = ["| tensors | count | formats | bits per weight | MB |", "|---|---:|---|---:|---:|"]
+    for leaf, members in classes.items():
+        formats = Counter(str(t["format"]) for t in members)
+        shown = ", ".join(f"{f} ({n})" if len(formats) > 1 else f for f, n in formats.most_common(4))
+        more = f" and {len(formats) - 4} more" if len(formats) > 4 else ""
+        size = sum(t["bytes"] for t in members)
+        bits = 8 * size / max(sum(math.prod(t["shape"]) for t in members), 1)
+        lines.append(f"| {_cell(leaf)} | {len(members)} | {_cell(shown)}{more} | {bits:.3f} | {size / 1e6:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+_LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.\-]+)["']?[ \t]*$""", re.MULTILINE)
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+def _front_matter(base: str, directory: Path, layout: str) -> str:
+    """What the hub reads: the licence is the base model's, which travels with its card."""
+    values: dict[str, Any] = {"library_name": "transformers", "tags": ["fewbits", "quantized"]}
+    if layout != "fewbits":
+        values["tags"].append(layout)
+    if _HUB_ID.fullmatch(base):
+        values |= {"base_model": base, "base_model_relation": "quantized"}
+    card = directory / CARD
+    head = card.read_text(errors="replace").partition("\n---")[0] if card.is_file() else ""
+    if head.startswith("---") and (found := _LICENSE.search(head)):
+        values["license"] = found[1]
+    return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in values.items()), "---", ""])
