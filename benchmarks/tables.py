@@ -96,10 +96,10 @@ def _llamacpp(found: Any) -> str:
         ["file", "bytes of tensors", "perplexity", "nats per token above ours"],
         [[r["file"], f"{r['tensor_bytes']:,}", f"{r['perplexity']:.2f} ± {r['stderr']:.2f}",
           f"{r['above_ours']:+.4f} ± {r['above_ours_stderr']:.4f}" if r["above_ours"] else ""] for r in found["files"]],
-    ) + (f"\n{found['windows']} windows of {found['length']} tokens; the importance matrix is of {found['imatrix_rows']} "
-         f"rows. llama.cpp and fewbits computing one file differ by a KL of {agreement['kl_mean']:.4f} nats per token and "
-         f"agree on the likeliest token in {100 * agreement['top1_agreement']:.1f} % of places: llama.cpp rounds "
-         "activations to 8 bits.\n")
+    ) + (f"\n{found['windows']} windows of {found['length']} tokens; the importance matrix is of "
+         f"{found['imatrix_rows']} rows. llama.cpp and fewbits computing one file differ by a KL of "
+         f"{agreement['kl_mean']:.4f} nats per token and agree on the likeliest token in "
+         f"{100 * agreement['top1_agreement']:.1f} % of places: llama.cpp rounds activations to 8 bits.\n")
 
 
 def _decode(rows: list[Row]) -> str:
@@ -148,8 +148,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "In llama.cpp",
         "SmolLM2-135M-Instruct, linears as Q4_0 and the tied embedding as Q8_0 in every row but the first. GPTQ is "
         "calibrated on WikiText-2 valid; perplexity is llama.cpp's own, on WikiText-2 test, the same ids for all, and "
-        "differences are paired by window. The model was distributed as Q4_1, an asymmetric grid of groups of 32, which "
-        "would fit it by accident, so only Q4_0 is compared. `python -m benchmarks.llamacpp`", _llamacpp),
+        "differences are paired by window. The model was distributed as Q4_1, an asymmetric grid of groups of 32, "
+        "which would fit it by accident, so only Q4_0 is compared. `python -m benchmarks.llamacpp`", _llamacpp),
     "decode": (
         "Decode on the CPU",
         "SmolLM2-135M-Instruct at batch 1, greedy, in turns in one run. `python -m benchmarks.decode`", _decode),
