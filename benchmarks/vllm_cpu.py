@@ -4,7 +4,7 @@
     python -m benchmarks.vllm_cpu --engine peer/bin/python [--model DIR] [--only mixed]
 
 - mixed: 2, 3, 4 and 8 bits, with and without zero points, formats that differ within q, k and v: by the plug-in;
-- table: embedding and tied head at 8 bits too, columns in runs and sorted: by the plug-in;
+- table: embedding and tied head at 8 bits too: by the plug-in;
 - stock: 4 bits exported to compressed-tensors, with the plug-in switched off;
 - widths: 2, 4 and 8 bits exported for vLLM. Its kernels for CPUs take 4 bits only, so it should refuse; what is in the
   files is then read by the library whose format it is.
@@ -39,10 +39,7 @@ _MIXED = {
     "*.q_proj": "int4_g64", "*.k_proj": "int8_sym_row", "*.v_proj": "int8_g64", "*.o_proj": "int4_sym_g32",
     "*.1?.mlp.gate_proj": "int3_g32", "*.layers.5.mlp.up_proj": "int2_g32", "*.down_proj": "int4_g128_f32",
 }
-_TABLE = {
-    "model.embed_tokens": "int8_row", "*.q_proj": "perm:int8_g64[64]+int4_g64[512]",
-    "*.o_proj": "int8_g64[64]+int4_g64[512]",
-}
+_TABLE = {"model.embed_tokens": "int8_row", "*.q_proj": "int3_g64"}
 _WIDTHS = {"*.o_proj": "int8_sym_g32", "*.2?.mlp.down_proj": "int2_sym_g32"}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -63,7 +60,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = args.model or open_source(protocol.real_model()).path
-    rows = []
     for name in args.only:
         folder = checkpoint(name, model)
         served = folder if name not in EXPORTED else _exported(folder)
@@ -71,8 +67,7 @@ def main() -> None:
         if name == "widths":
             row |= read_back(folder, served, shlex.split(args.engine))
         print(json.dumps(row), flush=True)
-        rows.append(row)
-        protocol.save("vllm_cpu", rows)
+        protocol.save(f"vllm_cpu-{name}", [row])
 
 
 def checkpoint(name: str, model: Path) -> Path:

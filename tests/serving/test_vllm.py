@@ -119,6 +119,17 @@ def test_fused_qkv(size, formats, rank):
         assert (torch.bfloat16 in scales) == (formats[2] == "int5_g32_bf16")
 
 
+def test_a_layer_is_one_graph(rank):
+    """The engine compiles its models; the product is an operator that the compiler does not look into."""
+    layer = qkv(config(exceptions={"attn.k_proj": "int8_sym_row"}))
+    for i, (shard, heads) in enumerate(zip("qkv", (HEADS, KV_HEADS, KV_HEADS))):
+        fill(layer, quantized(heads * HEAD, "int8_sym_row" if shard == "k" else "int4_g24", seed=i).pack(), shard)
+    ready(layer)
+    x = torch.randn(3, HIDDEN)
+    compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x)[0])
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_fused_gate_up_and_down(size, rank):
     gate, up, down = quantized(240, "int2_g24"), quantized(240, "int2_g24", seed=1), quantized(192, "int3_g24", 240)
