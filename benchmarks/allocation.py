@@ -39,9 +39,10 @@ MENUS = {
 }
 MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
-MENUS["baq-across"] = MENUS["auto-columns"] = MENUS["baq"]
+MENUS["baq-across"] = MENUS["baq-wide"] = MENUS["auto-columns"] = MENUS["baq"]
 MORE: dict[str, dict[str, Any]] = {
     "baq-across": {"allocate.damage": "baq"}, "baq-matrices": {"allocate.damage": "baq", "allocate.unit": "tensor"},
+    "baq-wide": {"allocate.column_group": 192},  # 2.25 bits are below what groups of 64 can reach
     "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []},
 }
 """What a row changes in the recipe that it is named after."""
