@@ -151,11 +151,12 @@ class FewbitsLinearMethod(LinearMethodBase):
             return
         for local in {k for layout in loading.layouts.values() for k in layout.storage(1)}:
             delattr(layer, local)
-        layer.packed = nn.ModuleList(loading.finish())
-        for matrix in layer.packed:
+        matrices = loading.finish()
+        layer.packed = nn.ModuleList(matrices)
+        for matrix in matrices:
             matrix.prepared()
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``; N and K are those of this device."""
         parts = [matrix.project(x) for matrix in layer.packed]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -165,13 +166,13 @@ class FewbitsLinearMethod(LinearMethodBase):
 class FewbitsTableMethod(FewbitsLinearMethod):
     """An embedding, or a head with weights of its own. vLLM pads the vocabulary; the rows stored are the real ones."""
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """``input_ (...)``, rows of this device -> ``(..., K)``."""
         (matrix,) = layer.packed
         rows = [dequantize_rows(p, input_) for _, p in matrix.prepared().runs]
         return torch.cat(rows, dim=-1).to(matrix.compute_dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().apply(layer, x)
         y = nn.functional.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
         return y if bias is None else y + bias
