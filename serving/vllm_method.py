@@ -151,8 +151,9 @@ class FewbitsLinearMethod(LinearMethodBase):
             return
         for local in {k for layout in loading.layouts.values() for k in layout.storage(1)}:
             delattr(layer, local)
-        layer.packed = nn.ModuleList(loading.finish())
-        for matrix in layer.packed:
+        matrices = loading.finish()
+        layer.packed = nn.ModuleList(matrices)
+        for matrix in matrices:
             matrix.prepared()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
