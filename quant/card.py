@@ -20,35 +20,35 @@ _LOADING = {
     "fewbits": """```python
 import fewbits  # pip install fewbits
 
-model = fewbits.load("{name}")
+model = fewbits.load("DIR")
 ```
 
 Where `fewbits` is imported, `AutoModelForCausalLM.from_pretrained` of transformers loads it too, and vLLM where it is
-installed beside it. `fewbits serve {name}` starts an OpenAI-compatible endpoint, `fewbits doctor {name}` says which
+installed beside it. `fewbits serve DIR` starts an OpenAI-compatible endpoint, `fewbits doctor DIR` says which
 other engines read it and which export leads there.
 """,
     "compressed-tensors": """```python
 from transformers import AutoModelForCausalLM  # pip install transformers compressed-tensors
 
-model = AutoModelForCausalLM.from_pretrained("{name}")  # without dequantize=True
+model = AutoModelForCausalLM.from_pretrained("DIR")  # without dequantize=True
 ```
 
-    vllm serve {name}
+    vllm serve DIR
 """,
-    "gptq": "    vllm serve {name}\n\nor any engine that reads the GPTQ layout.\n",
+    "gptq": "    vllm serve DIR\n\nor any engine that reads the GPTQ layout.\n",
     "bitnet": """```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("DIR")
 ```
 """,
 }
-"""How a checkpoint in each layout is loaded."""
+"""How a checkpoint in each layout is loaded. No name of the folder: equal runs make equal files, wherever they are."""
 
 
 def write_card(
     directory: Path, out: Path, *, layout: str = "fewbits", measured: Mapping[str, Any] | None = None,
-    evaluated: Mapping[str, Any] | None = None,
+    evaluated: Mapping[str, Any] | None = None, base_card: Path | None = None,
 ) -> None:
     """Write README.md of a checkpoint, or of an export of it, to ``out``.
 
@@ -57,28 +57,28 @@ def write_card(
         layout: what ``out`` is written in.
         measured: KL on held-out calibration text (``measured`` of the report of quantize).
         evaluated: the report of ``fewbits eval --json``.
+        base_card: README.md of the base model; None: what the card in ``directory`` has of it.
     """
     facts = inspect(directory)
-    card = "\n".join(_parts(facts, out.resolve().name, directory, layout, measured, evaluated))
-    write_atomically(out / CARD, card)
+    front, base = _base_card(base_card or directory / CARD)
+    parts = [_front_matter(facts, front, layout), *_parts(facts, directory, layout, measured, evaluated), _MARK, base]
+    write_atomically(out / CARD, "\n".join(parts))
 
 
 def _parts(
-    facts: Inspection, name: str, directory: Path, layout: str, measured: Mapping[str, Any] | None,
+    facts: Inspection, directory: Path, layout: str, measured: Mapping[str, Any] | None,
     evaluated: Mapping[str, Any] | None,
 ) -> Iterable[str]:
     lock = facts.provenance
-    model = lock.get("model") or {}
-    base = str(model.get("name", "a model"))
-    base = base if _HUB_ID.fullmatch(base) else Path(base).name  # a local path is nobody else's business
-    yield _front_matter(base, directory, layout)
-    yield f"# {name}\n"
+    base, model = _base_name(lock), lock.get("model") or {}
+    yield f"# {base}, {facts.bits_per_weight:.2f} bits\n"
     yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
            f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales and "
            "zero points included. Made with fewbits.\n")
     yield from _quality(measured, evaluated)
     yield "## Load\n"
-    yield _LOADING[layout].format(name=name)
+    yield "DIR is this folder, or its name on the hub.\n"
+    yield _LOADING[layout]
     yield "## What is stored\n"
     yield _classes(facts.tensors)
     yield "## How it was made\n"
@@ -139,17 +139,31 @@ def _cell(value: object) -> str:
 
 _LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.\-]+)["']?[ \t]*$""", re.MULTILINE)
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_MARK = "<!-- The card of the base model, if it has one: -->\n"
 
 
-def _front_matter(base: str, directory: Path, layout: str) -> str:
+def _base_name(lock: Mapping[str, Any]) -> str:
+    """The base model's id on the hub, or the last part of its path: where it lies is nobody else's business."""
+    name = str((lock.get("model") or {}).get("name", "a model"))
+    return name if _HUB_ID.fullmatch(name) else Path(name).name
+
+
+def _base_card(path: Path) -> tuple[str, str]:
+    """Front matter and text of the base model's card: the README that came with it, or the end of a card of ours."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    head, rest = "", text
+    if text.startswith("---\n"):
+        head, _, rest = text.partition("\n---")
+    return head, (rest.partition(_MARK)[2] if _MARK in rest else rest).lstrip("-\n")
+
+
+def _front_matter(facts: Inspection, base_front: str, layout: str) -> str:
     """What the hub reads: the licence is the base model's, which travels with its card."""
     values: dict[str, Any] = {"library_name": "transformers", "tags": ["fewbits", "quantized"]}
     if layout != "fewbits":
         values["tags"].append(layout)
-    if _HUB_ID.fullmatch(base):
+    if _HUB_ID.fullmatch(base := _base_name(facts.provenance)):
         values |= {"base_model": base, "base_model_relation": "quantized"}
-    card = directory / CARD
-    head = card.read_text(errors="replace").partition("\n---")[0] if card.is_file() else ""
-    if head.startswith("---") and (found := _LICENSE.search(head)):
+    if found := _LICENSE.search(base_front):
         values["license"] = found[1]
     return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in values.items()), "---", ""])

@@ -25,7 +25,7 @@ from fewbits.eval.models import choose_device
 from fewbits.eval.speed import peak_rss_bytes
 from fewbits.quant.allocate.menu import require_readable
 from fewbits.quant.allocate.planning import Planner, read_plan
-from fewbits.quant.card import write_card
+from fewbits.quant.card import CARD, write_card
 from fewbits.quant.checkpoint import CheckpointWriter, disk_errors, file_sizes
 from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
@@ -211,7 +211,7 @@ def quantize(
             _judge(report, source, held_out, max_kl, device, progress)
     finally:  # a missed gate is told of, and reports what the run cost too
         with disk_errors(Path(out)):
-            write_card(Path(out), Path(out), measured=report.measured)
+            write_card(Path(out), Path(out), measured=report.measured, base_card=source.path / CARD)
         report.seconds = time.monotonic() - started
         report.cpu_seconds = time.process_time() - cpu_started
         report.peak_rss_bytes = peak_rss_bytes()

@@ -57,7 +57,8 @@ def test_written_again_with_an_evaluation(made, tmp_path: Path) -> None:
     assert main(["card", str(root / "small"), "--eval", str(tmp_path / "eval.json")]) == 0
     text = (root / "small" / "README.md").read_text()
     assert "| perplexity | 12.5000 ± 0.2500 |" in text and "| piqa, acc | 0.5000 ± 0.0312 |" in text
-    assert "0.1250 ± 0.0625" in text and "license" in text.split("---")[1]
+    assert "0.1250 ± 0.0625" in text and yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    assert text.count("# The base model\n") == 1, "its own card is still there, once"
 
 
 def test_no_checkpoint_no_card(tmp_path: Path) -> None:

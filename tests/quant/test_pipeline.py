@@ -290,7 +290,10 @@ def test_other_files_come_along_and_the_source_stays_as_it_was(tmp_path, options
     assert {p: p.stat().st_mtime_ns for p in source.rglob("*")} == stamps
     after = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     for name, content in before.items():
-        if name not in ("config.json", "model.safetensors"):
+        if name == "README.md":  # ours, with the model's own at its end
+            card = after.pop(name)
+            assert card.endswith(content) and len(card) > len(content)
+        elif name not in ("config.json", "model.safetensors"):
             assert after.pop(name) == content, name
     shards = {f"fewbits-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
     assert after.keys() == {"config.json", "recipe.toml", "plan.json", "fewbits.lock", INDEX, *shards}

@@ -156,7 +156,9 @@ def test_the_gate_changes_no_byte(tiny, tmp_path, text):
         for name, gate in (("with", 1e9), ("without", None)):
             out = tmp_path / f"{recipe}-{name}"
             fewbits.quantize(tiny("llama"), out, recipe=recipe, overrides=overrides, max_kl=gate)
-        assert_same_files(files(tmp_path / f"{recipe}-with"), files(tmp_path / f"{recipe}-without"))
+        judged, plain = files(tmp_path / f"{recipe}-with"), files(tmp_path / f"{recipe}-without")
+        assert judged.pop("README.md") != plain.pop("README.md"), "the card says what was measured"
+        assert_same_files(judged, plain)
 
 
 # -- kept statistics ------------------------------------------------------------------------------------------------
@@ -292,7 +294,7 @@ def test_every_rename_was_counted(job, tmp_path, monkeypatch):
     original = checkpoint._sync_and_rename
     monkeypatch.setattr(checkpoint, "_sync_and_rename", lambda *a: (calls.append(a), original(*a)))
     fewbits.quantize(model, tmp_path / "out", **kwargs)
-    assert len(calls) == RENAMES
+    assert len(calls) == RENAMES + 1, "and the card, when all else is there"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

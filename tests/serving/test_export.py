@@ -49,7 +49,7 @@ def test_what_is_written(to, quantized, tmp_path):
     config = config_of(out)
     assert config.pop("quantization_config")["quant_method"] == to
     assert config == {k: v for k, v in config_of(folder).items() if k != "quantization_config"}
-    again = tmp_path / "again" / "out"
+    again = tmp_path / "again"
     export(folder, again, to=to)
     assert contents(again) == contents(out)
 
