@@ -121,8 +121,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "The same protocol, at equal stored bits, best first where bits are equal; GPTQ for all rows (plain rounding "
         "for finequant), with one calibration of the original model, as in `fewbits sweep`. Predictions are those of "
         "the damage model without any run on this model to go by, for held-out rows of the calibration text; one "
-        "survey serves all budgets of a recipe, and what an earlier row measured is not measured again, so only the first "
-        "of each kind shows its whole time. AutoScheme's formats are quantized by the same GPTQ. "
+        "survey serves all budgets of a recipe, and what an earlier row measured is not measured again, so only the "
+        "first of each kind shows its whole time. AutoScheme's formats are quantized by the same GPTQ. "
         "`python -m benchmarks.allocation`", _allocation),
     "allocation-sequential": (
         "Budgets, quantized in sequence",
