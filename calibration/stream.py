@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewbits.calibration.block import Block, Call
 from fewbits.calibration.stats import InputTap
-from fewbits.quant.architecture import auto_class
+from fewbits.quant.architecture import empty_model
 from fewbits.quant.errors import ModelError
 from fewbits.quant.source import Source
 from fewbits.quant.targets import Target, find_targets, read_weight
@@ -51,17 +51,13 @@ class StreamedModel:
     """
 
     def __init__(self, source: Source, *, dtype: torch.dtype, device: torch.device) -> None:
-        from accelerate import init_empty_weights
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
 
         # what transformers raises for a config.json that it does not know or that makes no sense
         failures = (ValueError, KeyError, ImportError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
         self.source, self.dtype, self.device = source, dtype, device
         try:
-            config = AutoConfig.from_pretrained(source.path)
-            with init_empty_weights(include_buffers=False):
-                model = auto_class(config).from_config(config, dtype=_stored_dtype(source))
+            model = empty_model(source.path, _stored_dtype(source))
         except failures as error:
             raise ModelError(f"{source.name}: transformers cannot build this model: {error}") from error
         model.eval()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def auto_class(config: Any) -> Any:
@@ -17,6 +21,20 @@ def auto_class(config: Any) -> Any:
     only_with_images = kind not in AutoModelForCausalLM._model_mapping
     known = kind in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if only_with_images and known else AutoModelForCausalLM
+
+
+def empty_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model that a folder's config.json describes, parameters on the meta device. Raises what transformers does.
+
+    Args:
+        dtype: of the parameters; None: as transformers chooses.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        return auto_class(config).from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
 def takes_images(model: Any) -> bool:

@@ -89,7 +89,7 @@ def _parts(
         "calibration": "; ".join(s if s.startswith("hf:") else s.rpartition("/")[2] for s in sources) or "none",
         "sha256 of fewbits.lock": sha256_file(directory / "fewbits.lock"),
     }
-    yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in rows.items())]) + "\n"
+    yield _pairs(rows.items())
     yield "`fewbits.lock` has the hashes of the base model and of every file, and all versions.\n"
 
 
@@ -108,7 +108,11 @@ def _quality(measured: Mapping[str, Any] | None, evaluated: Mapping[str, Any] | 
                      if not m.endswith("_stderr")]
     if rows:
         yield "## Measured\n"
-        yield "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows)]) + "\n"
+        yield _pairs(rows)
+
+
+def _pairs(rows: Iterable[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in rows)]) + "\n"
 
 
 def _spread(value: float, error: float | None) -> str:

@@ -16,11 +16,12 @@ import torch
 
 from fewbits.kernels.dispatch import select_kernel
 from fewbits.quant.allocate.menu import ENGINES
+from fewbits.quant.bitpack import WORD_BITS
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.types import Layout
-from fewbits.serving.export import EXPORTS, make_exporter
-from fewbits.serving.export.base import group_of, one_integer_format
+from fewbits.serving.export import make_exporter
+from fewbits.serving.export.base import FUSED, group_of, integer_format
 from fewbits.serving.export.stored import Stored, open_stored
 from fewbits.serving.tensor_parallel import column_splits
 
@@ -35,7 +36,6 @@ CHECKED = {
 }
 """Engine -> versions that these facts were read from."""
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _MOST_RANKS = 16
 
 
@@ -162,7 +162,6 @@ def _obstacles(stored: Stored, to: str) -> list[str]:
 
 
 def _export(stored: Stored, to: str, suffix: str = "-export") -> str:
-    assert to in EXPORTS
     return f"fewbits export {stored.path} --to {to} -o {stored.path.resolve().name}{suffix}"
 
 
@@ -178,7 +177,7 @@ def _fused(stored: Stored) -> list[str]:
     """Linears that an engine runs as one, and that have different formats here."""
     for name, (_, layout) in stored.matrices.items():
         parent, _, leaf = name.rpartition(".")
-        for group in _FUSED:
+        for group in FUSED.values():
             for other in group if leaf == group[0] else ():
                 twin = stored.matrices.get(f"{parent}.{other}")
                 if twin is None or twin[1] != layout:
@@ -215,12 +214,12 @@ def tensor_parallel_sizes(stored: Stored, cuts: Cuts) -> list[int]:
 
 def _stock_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
     """vLLM and SGLang cut stored words, so each rank must get whole words and whole groups."""
-    fmt = one_integer_format(layout)
-    assert isinstance(fmt, IntFormat)
+    fmt = integer_format(layout)
     if style.startswith("rowwise"):
         part, group = layout.columns // ranks, group_of(fmt, layout.columns) or 1
-        return ranks == 1 or (layout.columns % ranks == 0 and part * fmt.code_bits % 32 == 0 and part % group == 0)
-    words = fmt.symmetric or rows // ranks * fmt.code_bits % 32 == 0  # zero points are packed along the rows
+        whole = layout.columns % ranks == 0 and part * fmt.code_bits % WORD_BITS == 0 and part % group == 0
+        return ranks == 1 or whole
+    words = fmt.symmetric or rows // ranks * fmt.code_bits % WORD_BITS == 0  # zero points are packed along the rows
     return ranks == 1 or not style.startswith("colwise") or (rows % ranks == 0 and words)
 
 

@@ -81,13 +81,8 @@ def require_exportable(stored: Stored, exporter: Exporter, name: str) -> None:
         raise FormatError(f"{found[0][0]}: {name} {found[0][1]}{more}")
 
 
-def no_linear(target: Target) -> str | None:
-    """Why something else than a linear cannot be written packed; None for linears and experts."""
-    if target.kind == "embedding":
-        return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
-    if target.kind == "conv1d":
-        return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
-    return None
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What engines call the linears that they run as one -> the linears."""
 
 
 def one_integer_format(layout: Layout) -> IntFormat | str:
@@ -97,6 +92,16 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
                 "quantize with allocate.unit = 'tensor'")
     fmt = layout.runs[0][0]
     return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
+
+
+def linear_format(target: Target, layout: Layout) -> IntFormat | str:
+    """The integer format of a linear or an expert, or why it cannot be written packed."""
+    fmt = one_integer_format(layout)
+    if isinstance(fmt, IntFormat) and target.kind == "embedding":
+        return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
+    if isinstance(fmt, IntFormat) and target.kind == "conv1d":
+        return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
+    return fmt
 
 
 def integer_format(layout: Layout) -> IntFormat:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbits.quant.errors import FormatError
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout, QuantizedTensor
-from fewbits.serving.export.base import Progress, dense_linears, no_linear, one_integer_format, write_folder
+from fewbits.serving.export.base import Progress, dense_linears, linear_format, write_folder
 from fewbits.serving.export.stored import Stored
 
 _ELSEWHERE = "add it to keep, or export to compressed-tensors"
@@ -27,11 +27,9 @@ class BitNet:
     single_file = False
 
     def obstacle(self, target: Target, layout: Layout) -> str | None:
-        fmt = one_integer_format(layout)
+        fmt = linear_format(target, layout)
         if isinstance(fmt, str):
             return fmt
-        if (why := no_linear(target)) is not None:
-            return why
         if target.kind == "expert":
             return f"has no experts; {_ELSEWHERE}"
         if fmt.code_bits != 2 or not fmt.symmetric:

@@ -24,8 +24,7 @@ from fewbits.serving.export.base import (
     dense_linears,
     group_of,
     integer_format,
-    no_linear,
-    one_integer_format,
+    linear_format,
     write_folder,
 )
 from fewbits.serving.export.names import hub_matrices
@@ -50,11 +49,9 @@ class CompressedTensors:
     single_file = False
 
     def obstacle(self, target: Target, layout: Layout) -> str | None:
-        fmt = one_integer_format(layout)
+        fmt = linear_format(target, layout)
         if isinstance(fmt, str):
             return fmt
-        if (why := no_linear(target)) is not None:
-            return why
         group = "row" if fmt.group_size is None else f"g{fmt.group_size}"
         if fmt.code_bits == 1:
             return f"has no 1-bit integers; quantize it as int2_sym_{group}"

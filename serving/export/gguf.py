@@ -19,7 +19,7 @@ from torch import Tensor
 from fewbits.quant.errors import FormatError
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout
-from fewbits.serving.export.base import Progress, one_integer_format
+from fewbits.serving.export.base import Progress, integer_format, one_integer_format
 from fewbits.serving.export.ggml import BlockType, Bytes, block_type, to_blocks
 from fewbits.serving.export.gguf_model import (
     Architecture,
@@ -113,9 +113,7 @@ class Gguf:
 
     def _packed(self, stored: Stored, ours: str, name: str, rows: Tensor | None, rounded: Counter[str]) -> Piece:
         target, layout = stored.matrices[ours]
-        fmt = one_integer_format(layout)
-        assert not isinstance(fmt, str)
-        kind = block_type(fmt, target.shape[1], ternary=self.ternary)
+        kind = block_type(integer_format(layout), target.shape[1], ternary=self.ternary)
         assert isinstance(kind, BlockType)
 
         def read() -> Bytes:

@@ -24,12 +24,12 @@ from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout, QuantizedTensor
 from fewbits.serving.export.base import (
+    FUSED,
     Progress,
     dense_experts,
     dense_linears,
     integer_format,
-    no_linear,
-    one_integer_format,
+    linear_format,
     write_folder,
 )
 from fewbits.serving.export.names import hub_matrices
@@ -39,8 +39,7 @@ _BITS = (4, 8)
 _GROUPS = (16, 32, 64, 128, 256, 512, 1024)
 _MULTIPLE = 32
 
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-          "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_FUSED = {part: fused for fused, parts in FUSED.items() for part in parts}
 """Projections that engines run as one, and match rules against under one name."""
 
 
@@ -55,11 +54,9 @@ class Gptq:
     single_file = False
 
     def obstacle(self, target: Target, layout: Layout) -> str | None:
-        fmt = one_integer_format(layout)
+        fmt = linear_format(target, layout)
         if isinstance(fmt, str):
             return fmt
-        if (why := no_linear(target)) is not None:
-            return why
         group = "row" if fmt.group_size is None else f"g{fmt.group_size}"
         sym = "_sym" if fmt.symmetric else ""
         if fmt.code_bits not in _BITS:

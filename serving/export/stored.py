@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fewbits.quant.architecture import auto_class
+from fewbits.quant.architecture import empty_model
 from fewbits.quant.checkpoint import INDEX
 from fewbits.quant.errors import CheckpointError
 from fewbits.quant.inspection import Inspection, inspect
@@ -90,9 +90,6 @@ def open_stored(directory: str | Path) -> Stored:
     Raises:
         CheckpointError: it is none, or incomplete, or does not fit its config.json.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
     path = Path(directory)
     facts = inspect(path)
     config = read_json(path / "config.json")
@@ -103,9 +100,7 @@ def open_stored(directory: str | Path) -> Stored:
     quantization = FewbitsConfig.from_dict(found)
     assert isinstance(quantization, FewbitsConfig)
     try:
-        built = AutoConfig.from_pretrained(path)
-        with init_empty_weights(include_buffers=False):
-            model = auto_class(built).from_config(built)
+        model = empty_model(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise CheckpointError(f"{path}: transformers cannot build this model: {error}") from error
     entries: dict[str, TensorEntry] = {}
