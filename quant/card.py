@@ -70,7 +70,8 @@ def _parts(
     evaluated: Mapping[str, Any] | None,
 ) -> Iterable[str]:
     lock = facts.provenance
-    base, model = _base_name(lock), lock.get("model") or {}
+    model = lock.get("model") or {}
+    base = _base_name(model)
     yield f"# {base}, {facts.bits_per_weight:.2f} bits\n"
     yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
            f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales and "
@@ -142,14 +143,13 @@ def _cell(value: object) -> str:
 
 
 _LICENSE = re.compile(r"""^license:[ \t]*["']?([\w.\-]+)["']?[ \t]*$""", re.MULTILINE)
-_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 _MARK = "<!-- The card of the base model, if it has one: -->\n"
 
 
-def _base_name(lock: Mapping[str, Any]) -> str:
+def _base_name(model: Mapping[str, Any]) -> str:
     """The base model's id on the hub, or the last part of its path: where it lies is nobody else's business."""
-    name = str((lock.get("model") or {}).get("name", "a model"))
-    return name if _HUB_ID.fullmatch(name) else Path(name).name
+    name = str(model.get("name", "a model"))
+    return name.partition("@")[0] if model.get("revision") else Path(name).name
 
 
 def _base_card(path: Path) -> tuple[str, str]:
@@ -166,8 +166,9 @@ def _front_matter(facts: Inspection, base_front: str, layout: str) -> str:
     values: dict[str, Any] = {"library_name": "transformers", "tags": ["fewbits", "quantized"]}
     if layout != "fewbits":
         values["tags"].append(layout)
-    if _HUB_ID.fullmatch(base := _base_name(facts.provenance)):
-        values |= {"base_model": base, "base_model_relation": "quantized"}
+    model = facts.provenance.get("model") or {}
+    if model.get("revision"):  # only what came from the hub has one
+        values |= {"base_model": _base_name(model), "base_model_relation": "quantized"}
     if found := _LICENSE.search(base_front):
         values["license"] = found[1]
     return "\n".join(["---", *(f"{k}: {json.dumps(v)}" for k, v in values.items()), "---", ""])

@@ -61,6 +61,22 @@ def test_written_again_with_an_evaluation(made, tmp_path: Path) -> None:
     assert text.count("# The base model\n") == 1, "its own card is still there, once"
 
 
+@pytest.mark.parametrize("name, revision, base", [
+    ("./model", None, None), ("models/small", None, None), ("org/small", "0" * 40, "org/small"),
+    ("org/small@v2", "0" * 40, "org/small"),
+])
+def test_a_folder_is_no_name_on_the_hub(made, name: str, revision: str | None, base: str | None) -> None:
+    """./model, as in the README, looks like one."""
+    root, _ = made
+    lock = root / "small" / "fewbits.lock"
+    record = json.loads(lock.read_text())
+    lock.write_text(json.dumps(record | {"model": record["model"] | {"name": name, "revision": revision}}))
+    assert main(["card", str(root / "small")]) == 0
+    text = (root / "small" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1]).get("base_model") == base
+    assert f"# {base or Path(name).name}, " in text and (base is not None or name not in text)
+
+
 def test_no_checkpoint_no_card(tmp_path: Path) -> None:
     assert main(["card", str(tmp_path)]) == 2 and not list(tmp_path.iterdir())
     with pytest.raises(FewbitsError):
