@@ -3,7 +3,7 @@
     peer/bin/python benchmarks/peer_vllm.py generate --model DIR --prompts prompts.json --json out.json
     peer/bin/python benchmarks/peer_vllm.py unpack --model DIR --out dense.safetensors
 
-``generate`` decodes greedily in float32 and records the log-probabilities of what it chose. ``unpack`` gives the
+``generate`` decodes greedily and records the log-probabilities of what it chose. ``unpack`` gives the
 weights of a compressed-tensors export back as that library reads them, tensor by tensor.
 """
 
@@ -24,22 +24,23 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts")
     parser.add_argument("--json")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.what == "generate":
-        generate(args.model, json.loads(Path(args.prompts).read_text()), Path(args.json))
+        generate(args.model, json.loads(Path(args.prompts).read_text()), Path(args.json), args.dtype)
     else:
         unpack(Path(args.model), args.out)
 
 
-def generate(model: str, prompts: list[list[int]], out: Path) -> None:
+def generate(model: str, prompts: list[list[int]], out: Path, dtype: str) -> None:
     # One process, so that an error of the engine is an error here; nothing is asked of the network.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
                    "VLLM_NO_USAGE_STATS": "1"}
     from vllm import LLM, SamplingParams, __version__
 
     started = time.monotonic()
-    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4)
+    llm = LLM(model=model, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4)
     loaded = time.monotonic()
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1, ignore_eos=True)
     results = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling)

@@ -23,6 +23,14 @@ def _quality(rows: list[Row]) -> str:
     ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
 
 
+def _distortion(rows: list[Row]) -> str:
+    return _table(
+        ["format", "bits of state", "bits", "squared error", "bound", "gap, dB", "weights/s"],
+        [[r["format"], r["state_bits"], r["bits"], f"{r['error']:.5f}", f"{4.0 ** -r['bits']:.5f}",
+          f"{r['gap_db']:.2f}", f"{r['weights_per_second']:.1e}"] for r in rows],
+    )
+
+
 def _allocation(rows: list[Row]) -> str:
     def foreseen(r: Row) -> list[str]:
         p, held = r.get("predicted"), r.get("held_out")
@@ -102,6 +110,19 @@ def _llamacpp(found: Any) -> str:
          f"{100 * agreement['top1_agreement']:.1f} % of places: llama.cpp rounds activations to 8 bits.\n")
 
 
+def _vllm(rows: list[Row]) -> str:
+    def outcome(r: Row) -> list[str]:
+        if "refused" in r:
+            return ["", "", f"it has no kernel; {r['read_alike']} of {r['matrices']} matrices are read back alike"]
+        return [f"{r['tokens_agree']} of {r['tokens']}", f"{r['largest_logprob_difference']:.1e}", ""]
+
+    return _table(
+        ["case", "vLLM's method", "computed in", "greedy tokens that agree", "largest difference of a log-probability",
+         "refused"],
+        [[r["case"], r.get("quantization", ""), r.get("dtype", ""), *outcome(r)] for r in rows],
+    )
+
+
 def _decode(rows: list[Row]) -> str:
     return _table(
         ["model", "decode tokens/s", "least to most", "prefill tokens/s"],
@@ -116,6 +137,13 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "SmolLM2-135M-Instruct, linears of the decoder blocks, group 64, asymmetric. Calibration: the first 128 x 512 "
         "tokens of WikiText-2 valid. Perplexity on 40 windows of 1024 tokens of WikiText-2 test, KL (nats per token) "
         "on the first 4; ± is one standard error. `python -m benchmarks.quality`", _quality),
+    "trellis": (
+        "Trellis codes",
+        "Recipe trellis, the same protocol: 12 bits of state, nothing tuned. "
+        "`python -m benchmarks.quality --recipes trellis --bits 2 3 4 --name trellis`", _quality),
+    "distortion": (
+        "Distortion",
+        "Of normal values of one deviation, codes alone. `python -m benchmarks.distortion`", _distortion),
     "allocation": (
         "Budgets",
         "The same protocol, at equal stored bits, best first where bits are equal; GPTQ for all rows (plain rounding "
@@ -151,6 +179,13 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "calibrated on WikiText-2 valid; perplexity is llama.cpp's own, on WikiText-2 test, the same ids for all, and "
         "differences are paired by window. The model was distributed as Q4_1, an asymmetric grid of groups of 32, "
         "which would fit it by accident, so only Q4_0 is compared. `python -m benchmarks.llamacpp`", _llamacpp),
+    "vllm_cpu": (
+        "In vLLM",
+        "SmolLM2-135M-Instruct, rounded to nearest, served by a CPU build of vLLM 0.32 beside fewbits.load of the same "
+        "files: 32 tokens after each of 4 prompts. mixed: 2, 3, 4 and 8 bits that differ within q, k and v; table: "
+        "embedding and tied head too; both by the plug-in. stock: 4 bits exported to compressed-tensors, no plug-in, "
+        "in the one dtype its kernel has here; widths: 2, 4 and 8 bits exported. "
+        "`python -m benchmarks.vllm_cpu`", _vllm),
     "decode": (
         "Decode on the CPU",
         "SmolLM2-135M-Instruct at batch 1, greedy, in turns in one run. `python -m benchmarks.decode`", _decode),

@@ -9,8 +9,8 @@
 - widths: 2, 4 and 8 bits exported for vLLM. Its kernels for CPUs take 4 bits only, so it should refuse; what is in the
   files is then read by the library whose format it is.
 
-Both compute in float32. The engine decodes 32 tokens greedily after each prompt; fewbits is given the same tokens, and
-says how likely each was and whether it would have chosen it.
+Both compute in float32 (bfloat16 for ``stock``, whose kernel has no other here). The engine decodes 32 tokens greedily
+after each prompt; fewbits is given the same tokens, and says how likely each was and whether it would have chosen it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ _WIDTHS = {"*.o_proj": "int8_sym_g32", "*.2?.mlp.down_proj": "int2_sym_g32"}
 RECIPES: dict[str, dict[str, Any]] = {
     "mixed": {"rules": _MIXED, "format.group_size": 64},
     "table": {"rules": _TABLE, "format.group_size": 64, "embeddings": True},
-    "stock": {"format.symmetric": True, "format.group_size": 32},
+    "stock": {"format.symmetric": True, "format.group_size": 32, "format.scale_dtype": "bfloat16"},
     "widths": {"rules": _WIDTHS, "format.symmetric": True, "format.group_size": 32},
 }
 EXPORTED = ("stock", "widths")
+DTYPES = {"stock": "bfloat16"}
 
 
 def main() -> None:
@@ -63,11 +64,19 @@ def main() -> None:
     for name in args.only:
         folder = checkpoint(name, model)
         served = folder if name not in EXPORTED else _exported(folder)
-        row = {"case": name} | compare(folder, served, shlex.split(args.engine))
+        row = {"case": name} | compare(folder, served, shlex.split(args.engine), DTYPES.get(name, "float32"))
         if name == "widths":
             row |= read_back(folder, served, shlex.split(args.engine))
         print(json.dumps(row), flush=True)
-        protocol.save(f"vllm_cpu-{name}", [row])
+        keep(row)
+
+
+def keep(row: dict[str, Any]) -> None:
+    """In place of an earlier row of the case."""
+    path = protocol.RESULTS / "vllm_cpu.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [r for r in rows if r["case"] != row["case"]] + [row]
+    protocol.save("vllm_cpu", sorted(rows, key=lambda r: list(RECIPES).index(r["case"])))
 
 
 def checkpoint(name: str, model: Path) -> Path:
@@ -93,7 +102,7 @@ def _peer(engine: list[str], *options: str | Path, plug_in: bool) -> subprocess.
     return subprocess.run([*engine, str(script), *map(str, options)], env=env, capture_output=True, text=True)
 
 
-def compare(folder: Path, served: Path, engine: list[str]) -> dict[str, Any]:
+def compare(folder: Path, served: Path, engine: list[str], dtype: str) -> dict[str, Any]:
     """The engine's tokens and their log-probabilities beside those of the same checkpoint in fewbits."""
     tokenizer = load_tokenizer(folder)
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
@@ -101,13 +110,13 @@ def compare(folder: Path, served: Path, engine: list[str]) -> dict[str, Any]:
     asked.write_text(json.dumps(prompts))
     answer.unlink(missing_ok=True)
     ran = _peer(engine, "generate", "--model", served, "--prompts", asked, "--json", answer,
-                plug_in=served == folder)
+                "--dtype", dtype, plug_in=served == folder)
     answer.with_suffix(".log").write_text(ran.stdout + ran.stderr)
     if not answer.exists():
         lines = [line.strip() for line in ran.stderr.splitlines() if "Error" in line]
         return {"refused": lines[-1] if lines else f"exit code {ran.returncode}"}
     found = json.loads(answer.read_text())
-    model = fewbits.load(folder)
+    model = fewbits.load(folder, dtype=getattr(torch, dtype))
     agree, worst = 0, 0.0
     for prompt, row in zip(prompts, found["rows"]):
         tokens = torch.tensor(row["tokens"])
@@ -117,7 +126,7 @@ def compare(folder: Path, served: Path, engine: list[str]) -> dict[str, Any]:
         agree += int((ours.argmax(-1) == tokens).sum())
         worst = max(worst, float((ours.gather(1, tokens[:, None])[:, 0] - torch.tensor(row["logprobs"])).abs().max()))
     return {
-        "vllm": found["vllm"], "quantization": found["quantization"], "tokens_agree": agree,
+        "vllm": found["vllm"], "dtype": dtype, "quantization": found["quantization"], "tokens_agree": agree,
         "tokens": sum(len(r["tokens"]) for r in found["rows"]), "largest_logprob_difference": worst,
         "text": tokenizer.decode(found["rows"][0]["tokens"]), "load_seconds": round(found["load_seconds"], 1),
         "generate_seconds": round(found["generate_seconds"], 1),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.gptq import reverse_cholesky, revived
-from fewbits.quant.types import LayerStats, Layout, natural_columns
+from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats
+from fewbits.quant.types import LayerStats, Layout, Segment, natural_columns
 
 SAMPLED_ROWS = 128
 """Rows of a matrix that a damage is estimated from; the rest is taken to be like them."""
+
+ROTATED_ROWS = 32
+"""The same in a rotated basis, where rows are more alike; they must be those of a tile."""
 
 
 def sample_rows(matrix: Tensor) -> Tensor:
@@ -60,19 +65,54 @@ def feedback_damage(
         curvature: ``c (N,)`` of :func:`fewbits.calibration.curvature.output_curvature`; None counts all rows alike.
     """
     conditional, importance, dead = conditional_curvature(stats, damp)
+    basis = _Rotated.of(weight, stats, damp) if any(layout.rotated for layout in layouts) else None
     c = torch.ones(weight.shape[0], device=weight.device) if curvature is None else curvature
     rows, own = sample_rows(weight).float().masked_fill(dead, 0), sample_rows(c)
     scale = 0.5 * float(c.sum() / own.sum().clamp(min=1e-30))
     importance = importance.masked_fill(dead, 0)  # sorted last, as the quantizers have them
-    return [
-        scale * float(own @ ((rows - rounded(rows, importance, layout)).square() @ conditional)) for layout in layouts
-    ]
+
+    def damage(layout: Layout) -> float:
+        if layout.rotated and basis is not None:
+            return basis.damage(layout, c)
+        return scale * float(own @ ((rows - rounded(rows, importance, layout)).square() @ conditional))
+
+    return [damage(layout) for layout in layouts]
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """A weight in the basis of rotated layouts, where the errors of all rows are alike.
+
+    Attributes:
+        rows: some rows as they are coded, ``(32, K)``.
+        conditional: ``D (K,)`` of the rotated inputs, in the order in which columns are coded.
+        out_scale: ``(N,)``: errors in row i are larger by it once they are rotated back.
+    """
+
+    rows: Tensor
+    conditional: Tensor
+    out_scale: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, stats: LayerStats, damp: float) -> _Rotated:
+        weight = weight.float().masked_fill(stats.xtx.diagonal() <= 0, 0)
+        rotation = choose_rotation(weight, stats, seed=0)
+        inputs, order = rotate_stats(stats, rotation), torch.arange(weight.shape[1])
+        lower, _ = reverse_cholesky(inputs.xtx, max(stats.n_tokens, 1), order, damp)
+        rows = rotate(weight, rotation)[:ROTATED_ROWS]
+        return _Rotated(rows, lower.diagonal().flip(0).square(), rotation.out_scale.float())
+
+    def damage(self, layout: Layout, c: Tensor) -> float:
+        """``1/2 sum_i c_i out_i^2 sum_j D_j E[e_j^2]``."""
+        error = (self.rows - rounded(self.rows, None, layout)).square().mean(0)
+        return 0.5 * float(c @ self.out_scale.square()) * float(error @ self.conditional)
 
 
 def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
     """``weight (N, K)`` rounded to the nearest values of a layout, its grid fitted as the quantizers fit it.
 
-    Without ``importance`` there is nothing to sort columns by: they stay as they come.
+    A rotated one takes what is in its basis already. Without ``importance`` there is nothing to sort columns by: they
+    stay as they come.
     """
     if layout.permuted:
         plain = dataclasses.replace(layout, permuted=False)
@@ -82,7 +122,5 @@ def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor
         return natural_columns(rounded(weight[:, order], importance[order], plain), order)
     runs = []
     for (fmt, columns), params, start in fit_layout(weight, importance, layout):
-        grouped = weight[:, start : start + columns].reshape(len(weight), fmt.groups(columns), -1)
-        params = {k: v.unsqueeze(-1) for k, v in params.items()}
-        runs.append(fmt.decode(fmt.encode(grouped, params), params).view(len(weight), columns))
+        runs.append(Segment.nearest(fmt, weight[:, start : start + columns], params).dequantize())
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)

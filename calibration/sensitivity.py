@@ -124,10 +124,9 @@ def baq_within(job: Survey) -> Losses:
     return out
 
 
-def _width(layout: Layout) -> int:
-    """Bits of an entry of a menu: it has one width, whatever its groups are."""
-    (bits,) = {fmt.code_bits for fmt, _ in layout.runs}
-    return bits
+def _width(layout: Layout) -> float:
+    """Bits of a code of an entry of a menu, on average: it has one width, whatever its groups are, or half a bit."""
+    return sum(fmt.code_bits * n for fmt, n in layout.runs) / layout.columns
 
 
 def weights(job: Survey) -> Losses:

@@ -15,7 +15,9 @@ RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", metavar="NAME|FILE", help="A shipped recipe or a TOML file (gptq; auto with a budget)."),
 ]
-BitsOption = Annotated[int | None, typer.Option("--bits", metavar="B", help="Bits of a code, 1 to 8.")]
+BitsOption = Annotated[
+    float | None, typer.Option("--bits", metavar="B", help="Bits of a code, 1 to 8; trellis codes 1 to 4, also 2.5.")
+]
 GroupSizeOption = Annotated[
     str | None, typer.Option("--group-size", metavar="G|auto|row", help="Columns that share a scale.")
 ]
@@ -64,7 +66,7 @@ MeasuredOption = Annotated[
 
 def recipe_settings(
     settings: list[str] | None, *, calib: list[str] | None, samples: int | None, seqlen: int | None,
-    bits: int | None = None, group_size: str | None = None, dtype: str | None = None, images: str | None = None,
+    bits: float | None = None, group_size: str | None = None, dtype: str | None = None, images: str | None = None,
 ) -> dict[str, Any]:
     """Recipe keys that the flags set; flags win over ``--set``."""
     from fewbits.quant.recipe import parse_settings
@@ -75,7 +77,8 @@ def recipe_settings(
             raise RecipeError(f"--group-size: got {group_size!r}, needed a number, auto or row")
         group = int(group_size)
     flags = {
-        "format.bits": bits, "format.group_size": group, "calibration.sources": calib, "calibration.samples": samples,
+        "format.bits": int(bits) if bits and bits % 1 == 0 else bits,
+        "format.group_size": group, "calibration.sources": calib, "calibration.samples": samples,
         "calibration.seqlen": seqlen, "calibration.dtype": dtype, "calibration.images": images,
     }
     return parse_settings(settings or []) | {k: v for k, v in flags.items() if v is not None}

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int
+from fewbits.kernels import triton_int, triton_trellis
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
 
 TIMEOUT = 600
@@ -70,11 +70,16 @@ class Job:
 
     @property
     def format(self) -> str:
+        if self.kernel.startswith("trellis"):
+            return f"trellis{self.bits}"
         return f"int{self.bits}{'_sym' if self.symmetric else ''}_g{self.group}"
 
 
 QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 """Each bit width with each kernel, asymmetric (the larger code)."""
+
+QUICK += tuple(Job(kernel, bits, tokens=tokens) for bits in (1, 2, 3, 4)
+               for kernel, tokens in (("trellis_gemv", 1), ("trellis_gemm", 256)))
 
 FULL = QUICK + tuple(
     Job("gemm", bits, symmetric, tokens, dtype=dtype)
@@ -114,8 +119,10 @@ class Judgement:
 # -- compiling --------------------------------------------------------------------------------------------------
 
 
-def arguments(job: Job) -> tuple[dict[str, object], Tile]:
-    """Arguments that the launcher in ``triton_int`` passes for this job, pointers as type names, and its tile."""
+def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
+    """Arguments that the launcher passes for this job, pointers as type names, and its tile."""
+    if job.kernel.startswith("trellis"):
+        return _trellis_arguments(job, chip)
     words = job.columns * job.bits // 32
     group = 0 if job.group == job.columns else job.group
     common = {"p_x": f"*{job.dtype}", "p_w": "*i32", "p_s": "*fp16", "p_z": "*u8", "p_y": f"*{job.dtype}",
@@ -132,10 +139,23 @@ def arguments(job: Job) -> tuple[dict[str, object], Tile]:
             "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k}, tile
 
 
+def _trellis_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
+    gemv = job.kernel == "trellis_gemv"
+    tile = triton_trellis.GEMV_TILE if gemv else triton_trellis.gemm_tile(job.tokens)
+    values = {"p_x": f"*{job.dtype}", "p_w": "*i32", "p_y": f"*{job.dtype}", **({} if gemv else {"M": job.tokens}),
+              "N": job.rows, "K": job.columns, "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns,
+              "s_ym": job.rows, "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16,
+              "EVEN": job.columns % tile.b_k == 0, "DP4A": chip.target.backend == "cuda"}
+    if not gemv:
+        values |= {"WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n}
+    return {**values, "b_k": tile.b_k}, tile
+
+
 def compile_job(job: Job, chip: Chip):
     """Triton's compiled kernel, specialized as a launch is: for 1, for multiples of 16, for aligned pointers."""
-    kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm}[job.kernel]
-    values, tile = arguments(job)
+    kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm, "trellis_gemv": triton_trellis.trellis_gemv,
+              "trellis_gemm": triton_trellis.trellis_gemm}[job.kernel]
+    values, tile = arguments(job, chip)
     assert list(values) == list(kernel.arg_names), "arguments() has to follow the kernel's signature"
     constants = {p.name for p in kernel.params if p.is_constexpr} | {n for n, v in values.items() if v == 1}
     signature, attrs, constexprs = {}, {}, {}
@@ -144,7 +164,7 @@ def compile_job(job: Job, chip: Chip):
             signature[name], constexprs[name] = "constexpr", value
             continue
         signature[name] = value if isinstance(value, str) else "i32"
-        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+        if str(value).startswith("*") or (isinstance(value, int) and value % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
     warps = tile.warps * 32 // chip.target.warp_size
     options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
@@ -154,7 +174,7 @@ def compile_job(job: Job, chip: Chip):
 def judge(job: Job, chip_name: str) -> Judgement:
     chip = CHIPS[chip_name]
     compiled = compile_job(job, chip)
-    tile = arguments(job)[1]
+    tile = arguments(job, chip)[1]
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
     registers, spills, loop, mma = read(compiled.asm)
     widths = [width for line in loop if (width := load_width(line))]

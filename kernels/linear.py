@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import Prepared, dequantize, dequantize_rows, matmul, prepare
 from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Layout, QuantizedTensor, check_permutation, natural_columns
+from fewbits.quant.rotation import rotate_columns, rotate_rows_back, rotated_back
+from fewbits.quant.types import (
+    Layout,
+    QuantizedTensor,
+    Rotation,
+    check_permutation,
+    check_rotation,
+    natural_columns,
+)
 
 
 class WeightView:
@@ -66,10 +74,12 @@ class PreparedRuns(NamedTuple):
     """Attributes:
     runs: columns of a run, and what a kernel reads of it.
     order: ``(K,)``, which input each stored column is multiplied by; None: the columns are in their own order.
+    rotation: the basis of the codes; None: that of the inputs and outputs.
     """
 
     runs: list[tuple[slice, Prepared]]
     order: Tensor | None
+    rotation: Rotation | None
 
 
 class PackedMatrix(nn.Module):
@@ -139,7 +149,8 @@ class PackedMatrix(nn.Module):
             runs.append((slice(start, start + columns), prepare(fmt, local, self.rows, columns)))
             start += columns
         order = check_permutation(tensors["weight_perm"], self.columns).long() if self.layout.permuted else None
-        state = PreparedRuns(runs, order)
+        rotation = check_rotation(tensors, self.rows, self.columns) if self.layout.rotated else None
+        state = PreparedRuns(runs, order, rotation)
         # An offloading hook puts the tensors back to disk after each forward: keeping them here would defeat it.
         if not getattr(getattr(self, "_hf_hook", None), "offload", False):
             self.__dict__["_prepared"] = (list(tensors.values()), state)
@@ -150,18 +161,22 @@ class PackedMatrix(nn.Module):
         state = self.prepared()
         if state.order is not None:
             x = x.index_select(-1, state.order)
+        inner = x
+        if state.rotation is not None:
+            inner = rotate_columns(x, state.rotation)
+            inner = inner.to(x.dtype) if x.is_cuda else inner  # matrix units take no float32
         (columns, first), *rest = state.runs
-        if not rest:
-            return matmul(x, first)
-        y = matmul(x[..., columns], first)
+        y = matmul(inner[..., columns] if rest else inner, first)
         for columns, part in rest:
-            y = y + matmul(x[..., columns], part)
-        return y
+            y = y + matmul(inner[..., columns], part)
+        return y if state.rotation is None else rotate_rows_back(y.float(), state.rotation).to(x.dtype)
 
     def dense(self) -> Tensor:
         """``(N, K)`` in the compute dtype, made anew."""
         state = self.prepared()
         stored = torch.cat([dequantize(p) for _, p in state.runs], dim=1)
+        if state.rotation is not None:
+            stored = rotated_back(stored, state.rotation)
         return (stored if state.order is None else natural_columns(stored, state.order)).to(self.compute_dtype)
 
     def forward(self) -> Tensor:

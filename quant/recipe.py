@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fewbits.quant.errors import FormatError, RecipeError, nearest
-from fewbits.quant.formats import is_permuted, parse_format, parse_layout
+from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.types import Layout, Quantizer
 
@@ -39,25 +40,53 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Integers(_Table):
-    """Which integer format weights get."""
+def _bits(value: Any) -> int | float:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (whole and 1 <= value <= 8) or (isinstance(value, float) and value in (1.5, 2.5, 3.5)):
+        return value
+    raise ValueError("needed 1 to 8; trellis codes have 1 to 4, also 1.5, 2.5 and 3.5")
 
-    bits: int = Field(4, ge=1, le=8)
+
+# one validator, so that an error names the key and not a member of a union
+Bits = Annotated[int | float, pydantic.PlainValidator(_bits, json_schema_input_type=float)]
+
+
+class Weights(_Table):
+    """Which format weights get."""
+
+    family: Literal["int", "trellis"] = Field("int", description="integers, or trellis codes of rotated weights")
+    bits: Bits = Field(4, description="of a code; trellis: 1 to 4, also in steps of a half")
     group_size: Annotated[int, Field(ge=1)] | Literal["auto", "row"] = Field(
-        "auto", description="auto: largest power of two dividing K <= 128"
+        "auto", description="int: auto is the largest power of two dividing K <= 128"
     )
-    symmetric: bool = False
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    symmetric: bool = Field(False, description="int: no zero points")
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="int")
+    state_bits: Annotated[int, Field(ge=10, le=16)] = Field(
+        DEFAULT_STATE_BITS, description="trellis: quality against time, which doubles with each"
+    )
 
-    def for_columns(self, columns: int) -> IntFormat:
-        """The format for a tensor of K = ``columns``; raises FormatError when the group size does not divide K."""
-        if self.group_size == "auto":
-            group: int | None = min(columns & -columns, MAX_AUTO_GROUP)
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Weights:
+        if self.family == "trellis" and self.bits > 4:
+            raise ValueError(f"got {self.bits} bits, trellis codes have 1 to 4; set format.family = 'int'")
+        if self.family == "int" and self.bits % 1:
+            raise ValueError(f"got {self.bits} bits, integers have 1 to 8 whole ones; give a budget, --bpw {self.bits}")
+        return self
+
+    def for_columns(self, columns: int) -> Layout:
+        """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
+        if self.family == "trellis":
+            layout = trellis_layout(self.bits, self.state_bits, columns)
         else:
-            group = None if self.group_size == "row" else self.group_size
-        fmt = IntFormat(self.bits, group, self.symmetric, getattr(torch, self.scale_dtype))
-        fmt.groups(columns)
-        return fmt
+            if self.group_size == "auto":
+                group: int | None = min(columns & -columns, MAX_AUTO_GROUP)
+            else:
+                group = None if self.group_size == "row" else self.group_size
+            bits = int(self.bits)
+            layout = Layout.of(IntFormat(bits, group, self.symmetric, getattr(torch, self.scale_dtype)), columns)
+        for fmt, n in layout.runs:
+            fmt.groups(n)
+        return layout
 
 
 class Calibration(_Table):
@@ -140,7 +169,7 @@ class Recipe(_Table):
     name: str = "custom"
     description: str = ""
     quantizer: dict[str, Any] = {"name": "gptq"}
-    format: Integers = Integers()
+    format: Weights = Weights()
     calibration: Calibration = Calibration()
     keep: list[str] = ["*.gate", "*.router", "*.shared_expert_gate"]
     rules: list[Rule] = []
@@ -186,9 +215,9 @@ class Recipe(_Table):
             return None
         try:
             if fmt is None:
-                return Layout.of(self.format.for_columns(columns), columns)
+                return _looked_up_or_not(self.format.for_columns(columns), kind)
             fmt.groups(columns)
-            return Layout.of(fmt, columns)
+            return _looked_up_or_not(Layout.of(fmt, columns), kind)
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
 
@@ -197,12 +226,9 @@ class Recipe(_Table):
             layout = parse_layout(self.plan[name], columns)
             for fmt, n in layout.runs:
                 fmt.groups(n)
+            return _looked_up_or_not(layout, kind)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
-        if layout.permuted and kind == "embedding":
-            raise FormatError(f"{name}: got {self.plan[name]!r}, an embedding has no input to sort its columns by; "
-                              "give it a layout without perm:")
-        return layout
 
     @property
     def needs_plan(self) -> bool:
@@ -242,6 +268,17 @@ class Recipe(_Table):
         """sha256 of everything in the recipe that can change a number."""
         data = self.model_dump(exclude={"name", "description"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _looked_up_or_not(layout: Layout, kind: str) -> Layout:
+    """The layout, unless it is one that an embedding cannot have; raises FormatError."""
+    if kind == "embedding" and layout.permuted:
+        raise FormatError(f"got {layout_name(layout)}, an embedding has no input to sort its columns by; give it a "
+                          "layout without perm:")
+    if kind == "embedding" and layout.rotated:
+        raise FormatError(f"got {layout_name(layout)}, an embedding is looked up row by row and a rotation mixes rows; "
+                          "give it an integer format")
+    return layout
 
 
 def recipe_names() -> list[str]:
@@ -322,7 +359,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
     tables: dict[str, type[BaseModel]] = {
-        "format": Integers, "calibration": Calibration, "budget": Budget, "allocate": Allocate,
+        "format": Weights, "calibration": Calibration, "budget": Budget, "allocate": Allocate,
     }
     for key, value in data.items():
         if key not in model.model_fields:

@@ -32,10 +32,11 @@ def quantize_step(
         for layout, names in assignment.by_layout(group).items():
             for name in names:
                 check_finite(name, block.weights[name])
-            weights = [block.weights[n] for n in names]
-            stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole, extra = quantizer.quantize(stacked, own, layout, seed=seed)
-            for name, weight, tensor in zip(names, weights, whole.split_rows([len(w) for w in weights])):
-                made[name] = tensor
-                facts.append(tensor_fact(name, weight, tensor, own, extra))
+            for stack in [[n] for n in names] if layout.rotated else [names]:  # a rotation mixes the rows of a weight
+                weights = [block.weights[n] for n in stack]
+                stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+                whole, extra = quantizer.quantize(stacked, own, layout, seed=seed)
+                for name, weight, tensor in zip(stack, weights, whole.split_rows([len(w) for w in weights])):
+                    made[name] = tensor
+                    facts.append(tensor_fact(name, weight, tensor, own, extra))
     return made, facts

@@ -31,8 +31,11 @@ class Format(Protocol):
         name: canonical name, e.g. ``int4_g64``; ``parse_format(fmt.name) == fmt``.
         code_bits: bits of one code.
         span: consecutive input columns coded jointly (1 for a scalar format).
-        width: codes per span.
+        width: columns of codes per span.
+        height: consecutive rows coded jointly (1 for a scalar format).
+        depth: rows of codes per height.
         group_size: columns that share parameters, or None for one group per row.
+        rotated: whether it codes weights in a rotated basis, see :class:`Rotation`.
     """
 
     @property
@@ -44,7 +47,13 @@ class Format(Protocol):
     @property
     def width(self) -> int: ...
     @property
+    def height(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
     def group_size(self) -> int | None: ...
+    @property
+    def rotated(self) -> bool: ...
 
     def groups(self, columns: int) -> int:
         """Groups that ``columns`` columns make; raises FormatError when they do not divide."""
@@ -58,15 +67,19 @@ class Format(Protocol):
         ...
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
-        """Nearest codes (uint8) of ``values``; each parameter broadcasts against ``values``."""
+        """Nearest codes (uint8) of ``values``; each parameter broadcasts against ``values``.
+
+        Of a format that codes rows or columns jointly, ``values (N, columns)`` become
+        ``(N / height * depth, columns / span * width)``.
+        """
         ...
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """float32 values of ``codes``; each parameter broadcasts against ``codes``."""
+        """float32 values of ``codes``, as :meth:`encode` shapes them; each parameter broadcasts against ``codes``."""
         ...
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
-        """Tensors to store for ``codes (N, columns)`` and parameters ``(N, G)``."""
+        """Tensors to store for codes, as :meth:`encode` shapes them, and parameters ``(N, G)``."""
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,10 +103,17 @@ class Layout:
         runs: ``((format, columns), ...)``, left to right.
         permuted: the columns are sorted before the runs are laid over them, and the permutation is stored too. Which
             permutation follows from the statistics, when the weight is quantized: :meth:`LayerStats.column_order`.
+        rotated: the (sorted) weight is coded in a rotated basis, and the scales of the rotation are stored too. Formats
+            that need it bring it along.
     """
 
     runs: tuple[tuple[Format, int], ...]
     permuted: bool = False
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if any(fmt.rotated for fmt, _ in self.runs):
+            object.__setattr__(self, "rotated", True)
 
     @staticmethod
     def of(fmt: Format, columns: int) -> Layout:
@@ -109,7 +129,7 @@ class Layout:
                 runs[-1] = (fmt, runs[-1][1] + columns)
             else:
                 runs.append((fmt, columns))
-        return Layout(tuple(runs), any(p.permuted for p in parts))
+        return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts))
 
     def cut(self, start: int, stop: int) -> Layout:
         """What is stored of columns ``start`` to ``stop``."""
@@ -118,27 +138,95 @@ class Layout:
             if (n := min(at + columns, stop) - max(at, start)) > 0:
                 runs.append((fmt, n))
             at += columns
-        return Layout(tuple(runs), self.permuted)
+        return Layout(tuple(runs), self.permuted, self.rotated)
 
     @property
     def columns(self) -> int:
         return sum(n for _, n in self.runs)
 
+    @property
+    def height(self) -> int:
+        """Rows that can only be cut out together, whatever the rotation says."""
+        return math.lcm(*(fmt.height for fmt, _ in self.runs))
+
     def codes_storage(self, rows: int) -> Stored:
         """Codes and parameters of ``rows`` rows. Names of a second run end in ``_1``, of a third in ``_2``."""
         out: Stored = {}
+        start = 0
         for i, (fmt, columns) in enumerate(self.runs):
+            if start % fmt.span:
+                raise FormatError(f"layout: {fmt.name} starts at column {start}, needed a multiple of {fmt.span}, "
+                                  "which it codes jointly")
             out |= {_suffixed(k, i): v for k, v in fmt.storage(rows, columns).items()}
+            start += columns
         return out
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Names of the tensors that are stored, and their dtypes, whatever the number of rows."""
+        return {name: dtype for name, (_, dtype) in self.storage(MAX_BLOCK).items()}
 
     def storage(self, rows: int) -> Stored:
         """Every tensor that is stored of ``rows`` rows, without making any."""
-        order: Stored = {"weight_perm": ((self.columns,), permutation_dtype(self.columns))} if self.permuted else {}
-        return self.codes_storage(rows) | order | {"weight_shape": ((2,), torch.int64)}
+        out = self.codes_storage(rows)
+        if self.permuted:
+            out["weight_perm"] = ((self.columns,), permutation_dtype(self.columns))
+        if self.rotated:
+            block_size(rows), block_size(self.columns)
+            out |= {"weight_in_scale": ((self.columns,), torch.float16), "weight_out_scale": ((rows,), torch.float16)}
+        return out | {"weight_shape": ((2,), torch.int64)}
 
     def stored_bytes(self, rows: int) -> int:
         """Bytes on disk of ``rows`` rows: codes, scales, zero points, permutation, shape record."""
         return nbytes(self.storage(rows))
+
+
+MAX_BLOCK, MIN_BLOCK = 128, 16
+
+
+def block_size(n: int) -> int:
+    """Of the Hadamard transform: the largest power of two up to 128 that divides ``n``.
+
+    Raises:
+        FormatError: it is below 16.
+    """
+    if (size := min(n & -n, MAX_BLOCK)) < MIN_BLOCK:
+        raise FormatError(f"rotation: got a dimension of {n}, divided by {size} and no larger power of two; needed at "
+                          f"least {MIN_BLOCK}; give it an integer format")
+    return size
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The basis that a weight is coded in: ``W = diag(out_scale) R_N^T Q R_K diag(in_scale)``.
+
+    ``R_n`` is the orthonormal Hadamard matrix of :func:`block_size` repeated along the diagonal. See ``rotation.py``.
+
+    Attributes:
+        in_scale: ``(K,)`` float16, with random signs.
+        out_scale: ``(N,)`` float16, with random signs.
+        row_block: size of the transform along the rows, which stays what it is when blocks of rows are cut out.
+    """
+
+    in_scale: Tensor
+    out_scale: Tensor
+    row_block: int
+
+    def rows(self, which: slice) -> Rotation:
+        return Rotation(self.in_scale, self.out_scale[which], self.row_block)
+
+
+def check_rotation(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Rotation:
+    """What was stored; raises FormatError when a scale is missing, or is none."""
+    for name, size in (("weight_in_scale", columns), ("weight_out_scale", rows)):
+        if (scale := tensors.get(name)) is None:
+            raise FormatError(f"{name}: missing, a rotated layout needs it; the checkpoint is incomplete")
+        if tuple(scale.shape) != (size,) or scale.dtype != torch.float16:
+            raise FormatError(f"{name}: got {tuple(scale.shape)} {scale.dtype}, needed ({size},) torch.float16")
+        if not bool((scale.isfinite() & (scale != 0)).all()):
+            raise FormatError(f"{name}: got 0, NaN or Inf, needed finite scales; the checkpoint is damaged, download "
+                              "or quantize it again")
+    return Rotation(tensors["weight_in_scale"], tensors["weight_out_scale"], block_size(rows))
 
 
 def nbytes(stored: Stored) -> int:
@@ -175,7 +263,7 @@ class Segment:
 
     Attributes:
         format: what the codes mean.
-        codes: ``(N, columns / span * width)`` uint8.
+        codes: ``(N / height * depth, columns / span * width)`` uint8.
         params: parameters of the format, each ``(N, G)``.
     """
 
@@ -187,11 +275,35 @@ class Segment:
     def columns(self) -> int:
         return self.codes.shape[1] // self.format.width * self.format.span
 
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0] // self.format.depth * self.format.height
+
     def dequantize(self) -> Tensor:
         """float32 ``(N, columns)``."""
-        rows, groups = self.codes.shape[0], self.format.groups(self.columns)
-        codes = self.codes.view(rows, groups, -1)
-        return self.format.decode(codes, {k: v.unsqueeze(-1) for k, v in self.params.items()}).view(rows, -1)
+        if self.format.group_size is None and not self.params:
+            return self.format.decode(self.codes, {})
+        codes = self.codes.view(self.rows, self.format.groups(self.columns), -1)
+        return self.format.decode(codes, {k: v.unsqueeze(-1) for k, v in self.params.items()}).view(self.rows, -1)
+
+    @staticmethod
+    def nearest(fmt: Format, values: Tensor, params: Params) -> Segment:
+        """The nearest codes of ``values (N, columns)``, given parameters ``(N, G)``."""
+        if fmt.group_size is None and not params:
+            return Segment(fmt, fmt.encode(values, {}), {})
+        grouped = values.reshape(len(values), fmt.groups(values.shape[1]), -1)
+        codes = fmt.encode(grouped, {k: v.unsqueeze(-1) for k, v in params.items()})
+        return Segment(fmt, codes.view(values.shape), params)
+
+    def cut(self, which: slice | Tensor) -> Segment:
+        """Some rows; of rows that are coded jointly, a slice of whole tiles."""
+        params = {k: v[which] for k, v in self.params.items()}
+        if self.format.height > 1:
+            assert isinstance(which, slice)
+            start, stop, _ = which.indices(self.rows)
+            assert start % self.format.height == stop % self.format.height == 0, "a tile is cut"
+            which = slice(*(row // self.format.height * self.format.depth for row in (start, stop)))
+        return Segment(self.format, self.codes[which], params)
 
 
 @dataclass(frozen=True)
@@ -201,22 +313,29 @@ class QuantizedTensor:
     Attributes:
         permutation: ``(K,)``: column ``k`` of the segments is column ``permutation[k]`` of the weight. None: they are
             in their own order.
+        rotation: the basis of the segments; None: that of the weight.
     """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
     permutation: Tensor | None = None
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         assert sum(s.columns for s in self.segments) == self.shape[1], "segments do not cover the columns"
 
     @property
     def layout(self) -> Layout:
-        return Layout(tuple((s.format, s.columns) for s in self.segments), self.permutation is not None)
+        runs = tuple((s.format, s.columns) for s in self.segments)
+        return Layout(runs, self.permutation is not None, self.rotation is not None)
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, K)``, columns in their own order: exactly what the stored codes mean."""
+        from fewbits.quant.rotation import rotated_back
+
         stored = torch.cat([s.dequantize() for s in self.segments], dim=1)
+        if self.rotation is not None:
+            stored = rotated_back(stored, self.rotation)
         return stored if self.permutation is None else natural_columns(stored, self.permutation)
 
     def pack(self) -> dict[str, Tensor]:
@@ -226,6 +345,8 @@ class QuantizedTensor:
             out |= {_suffixed(k, i): v for k, v in segment.format.pack(segment.codes, segment.params).items()}
         if self.permutation is not None:  # a copy: blocks of rows share one permutation, and each stores its own
             out["weight_perm"] = self.permutation.to(permutation_dtype(self.shape[1]), copy=True)
+        if self.rotation is not None:
+            out |= {"weight_in_scale": self.rotation.in_scale.clone(), "weight_out_scale": self.rotation.out_scale}
         return out | {"weight_shape": torch.tensor(self.shape, dtype=torch.int64)}
 
     @staticmethod
@@ -244,7 +365,8 @@ class QuantizedTensor:
             local = {k.removesuffix(suffix): v for k, v in tensors.items() if k.endswith(suffix)}
             segments.append(Segment(fmt, *fmt.unpack(local, rows, n)))
         order = check_permutation(tensors.get("weight_perm"), columns) if layout.permuted else None
-        return QuantizedTensor((rows, columns), tuple(segments), order)
+        rotation = check_rotation(tensors, rows, columns) if layout.rotated else None
+        return QuantizedTensor((rows, columns), tuple(segments), order, rotation)
 
     @property
     def stored_bytes(self) -> int:
@@ -265,6 +387,7 @@ class QuantizedTensor:
         for pieces in zip(*(p.segments for p in parts)):
             params = {k: torch.cat([s.params[k] for s in pieces]) for k in pieces[0].params}
             segments.append(Segment(pieces[0].format, torch.cat([s.codes for s in pieces]), params))
+        assert all(p.rotation is None for p in parts), "rows are rotated as a whole"
         shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
         return QuantizedTensor(shape, tuple(segments), parts[0].permutation)
 
@@ -274,10 +397,18 @@ class QuantizedTensor:
         return [self.rows(slice(end - n, end)) for n, end in zip(sizes, ends)]
 
     def rows(self, which: slice | Tensor) -> QuantizedTensor:
-        """Some rows, in the order in which they are named."""
-        cut = tuple(Segment(s.format, s.codes[which], {k: v[which] for k, v in s.params.items()})
-                    for s in self.segments)
-        return QuantizedTensor((len(cut[0].codes), self.shape[1]), cut, self.permutation)
+        """Some rows, in the order in which they are named; of tiles or a rotated basis, whole blocks of them."""
+        rotation = None
+        if self.rotation is not None:
+            assert isinstance(which, slice)
+            rotation = self.rotation.rows(which)
+        cut = tuple(s.cut(which) for s in self.segments)
+        return QuantizedTensor((cut[0].rows, self.shape[1]), cut, self.permutation, rotation)
+
+    @property
+    def row_step(self) -> int:
+        """Rows that can only be cut out together."""
+        return math.lcm(self.layout.height, 1 if self.rotation is None else self.rotation.row_block)
 
 
 def _suffixed(name: str, i: int) -> str:
@@ -337,6 +468,8 @@ def proxy_loss(weight: Tensor, quantized: Tensor | QuantizedTensor, stats: Layer
     """
     loss = power = 0.0
     rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])  # dense rows are made a chunk at a time, to bound memory
+    if isinstance(quantized, QuantizedTensor):
+        rows = -(-rows // quantized.row_step) * quantized.row_step
     sizes = [min(rows, len(weight) - start) for start in range(0, len(weight), rows)]
     parts = quantized.split(sizes) if isinstance(quantized, Tensor) else quantized.split_rows(sizes)
     for w, part in zip(weight.split(sizes), parts):
@@ -362,6 +495,6 @@ class Quantizer(Protocol):
     ) -> tuple[QuantizedTensor, dict[str, float]]:
         """Quantize ``weight (N, K)``, of any float dtype. Also returns facts worth recording, e.g. the damping.
 
-        A permuted layout is left to :func:`fewbits.quant.quantizers.fit.with_sorted_columns`.
+        Sorted columns and rotations are left to :func:`fewbits.quant.quantizers.fit.in_coded_basis`.
         """
         ...

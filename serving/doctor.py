@@ -98,8 +98,8 @@ def diagnose(directory: str | Path) -> Diagnosis:
 
 
 def _fewbits(stored: Stored) -> Verdict:
-    names = sorted({select_kernel(fmt, 1, torch.device(device)) for fmt in _formats(stored)
-                    for device in ("cpu", "cuda")})
+    formats = {fmt for _, layout in stored.matrices.values() for fmt, _ in layout.runs}
+    names = sorted({select_kernel(fmt, 1, torch.device(device)) for fmt in formats for device in ("cpu", "cuda")})
     return Verdict("transformers with fewbits", CHECKED["transformers"], "yes", "import fewbits, then from_pretrained; "
                    f"or fewbits serve {stored.path}", f"fewbits: {', '.join(names)}")
 
@@ -224,7 +224,9 @@ def _stock_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
 
 
 def _plugin_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
-    """The plug-in packs parts again, so that only groups must stay whole."""
+    """The plug-in packs parts again, so that only groups must stay whole; and what is rotated."""
+    if layout.rotated:
+        return ranks == 1
     if style.startswith("rowwise"):
         return ranks in column_splits(layout, _MOST_RANKS)
     return not style.startswith("colwise") or rows % ranks == 0

@@ -21,13 +21,26 @@ Packed = Mapping[str, Tensor]
 
 
 def take_rows(tensors: Packed, layout: Layout, rows: Tensor) -> dict[str, Tensor]:
-    """Rows ``rows (n,)`` of a packed ``(N, K)``, in that order; copies, so that the whole can be freed."""
+    """Rows ``rows (n,)`` of a packed ``(N, K)``, in that order; copies, so that the whole can be freed.
+
+    Raises:
+        FormatError: some rows of a weight that is coded as a whole.
+    """
+    if layout.rotated:
+        if len(rows) == int(tensors["weight_shape"][0]):
+            return dict(tensors)
+        raise FormatError("the rotation mixes all rows, so they cannot be split over devices")
     return _by_rows([tensors], layout, lambda parts: parts[0].index_select(0, rows))
 
 
+def stackable(layout: Layout) -> bool:
+    """Whether matrices of a layout can be one: neither sorted nor rotated, which each does by itself."""
+    return not layout.permuted and not layout.rotated
+
+
 def stack_rows(parts: Sequence[Packed], layout: Layout) -> dict[str, Tensor]:
-    """Matrices of one layout, one below the other. The columns of the layout must not be sorted."""
-    assert not layout.permuted
+    """Matrices of one layout, one below the other."""
+    assert len(parts) == 1 or stackable(layout)
     return dict(parts[0]) if len(parts) == 1 else _by_rows(parts, layout, torch.cat)
 
 
@@ -58,8 +71,9 @@ def take_columns(tensors: Packed, layout: Layout, start: int, stop: int) -> tupl
     """
     if (start, stop) == (0, layout.columns):
         return dict(tensors), layout
-    if layout.permuted:
-        raise FormatError("the columns are sorted, so they cannot be split over devices")
+    if not stackable(layout):
+        how = "sorted" if layout.permuted else "rotated"
+        raise FormatError(f"the columns are {how}, so they cannot be split over devices")
     rows = int(tensors["weight_shape"][0])
     out: dict[str, Tensor] = {}
     runs: list[tuple[Format, int]] = []
@@ -104,9 +118,9 @@ def _uncut(layout: Layout, parts: int) -> bool:
         if fmt.group_size and any(b % fmt.group_size for b in inside):
             return False
         at += columns
-    return not layout.permuted
+    return stackable(layout)
 
 
 def _integer(fmt: object) -> IntFormat:
-    assert isinstance(fmt, IntFormat), "the only family of formats there is"
+    assert isinstance(fmt, IntFormat), "the only family that is not rotated"
     return fmt

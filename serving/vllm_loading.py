@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fewbits.kernels.linear import PackedMatrix
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.types import Layout, check_permutation
-from fewbits.serving.tensor_parallel import stack_rows, take_columns, take_rows
+from fewbits.serving.tensor_parallel import stack_rows, stackable, take_columns, take_rows
 
 AGAIN = "the checkpoint does not belong to its config.json or is incomplete; copy or quantize it again"
 _SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -104,7 +104,7 @@ class Loading:
             raise CheckpointError(f"{name}.{local}: stored twice; the folder has files of another checkpoint, keep "
                                   "those that fewbits.safetensors.index.json names")
         tensors[local] = tensor
-        if tensors.keys() == layout.storage(1).keys():
+        if tensors.keys() == layout.dtypes.keys():
             self._place(name, layout, self.pending.pop(shard), shard)
             self.finished.add(shard)
 
@@ -112,12 +112,12 @@ class Loading:
         """The matrices in the order of their rows, neighbours of one layout in one."""
         for shard, tensors in self.pending.items():
             name, layout = self._weight(shard)
-            missing = [k for k in layout.storage(1) if k not in tensors]
+            missing = [k for k in layout.dtypes if k not in tensors]
             raise CheckpointError(f"{name}.{missing[0]}: missing; {AGAIN}")
         out: list[list[PackedMatrix]] = []
         for first in sorted(self.done):
             matrix = self.done[first]
-            if out and out[-1][0].layout == matrix.layout and not matrix.layout.permuted:
+            if out and out[-1][0].layout == matrix.layout and stackable(matrix.layout):
                 out[-1].append(matrix)
             else:
                 out.append([matrix])
@@ -160,7 +160,7 @@ class Loading:
         self.done[first] = self._matrix(cut, layout)
 
     def _matrix(self, tensors: Mapping[str, Tensor], layout: Layout) -> PackedMatrix:
-        matrix = PackedMatrix(layout, (len(tensors["weight_packed"]), layout.columns), dtype=self.share.dtype)
+        matrix = PackedMatrix(layout, (int(tensors["weight_shape"][0]), layout.columns), dtype=self.share.dtype)
         matrix.assign({k: v.to(self.share.device) for k, v in tensors.items()})
         return matrix
 

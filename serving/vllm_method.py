@@ -70,9 +70,10 @@ class FewbitsVllmConfig(QuantizationConfig):
         """
         if isinstance(layer, VocabParallelEmbedding):
             head = isinstance(layer, ParallelLMHead)
-            name = self._layout_of(prefix) if head else self.exceptions.get(prefix)
-            if name is not None:
-                return FewbitsTableMethod(prefix, {prefix: name})
+            name = prefix or self._only_table()
+            layout = self._layout_of(name) if head else self.exceptions.get(name)
+            if layout is not None:
+                return FewbitsTableMethod(name, {name: layout})
             return DenseHeadMethod() if head else None
         if isinstance(layer, LinearBase):
             names = self._parts_of(prefix)
@@ -88,6 +89,11 @@ class FewbitsVllmConfig(QuantizationConfig):
             raise CheckpointError(f"{prefix}: mixtures of experts cannot be read by the vLLM plug-in; quantize with "
                                   "--target vllm, and fewbits export --to compressed-tensors")
         return None
+
+    def _only_table(self) -> str:
+        """The embedding of the checkpoint: vLLM's Llama, for one, does not say which it is building."""
+        found = [n for n in self.exceptions if "emb" in (leaf := n.rpartition(".")[2]) or leaf == "wte"]
+        return found[0] if len(found) == 1 else ""
 
     def _layout_of(self, name: str) -> str | None:
         return None if name in self.keep else self.exceptions.get(name, self.default)
@@ -134,7 +140,7 @@ class FewbitsLinearMethod(LinearMethodBase):
             device=torch.empty(0).device, dtype=params_dtype)
         loading = Loading(self.prefix, layouts, share)
         layer.__dict__["fewbits_loading"] = loading
-        stored = {k: dtype for layout in layouts.values() for k, (_, dtype) in layout.storage(1).items()}
+        stored = {k: dtype for layout in layouts.values() for k, dtype in layout.dtypes.items()}
         for local, dtype in stored.items():
             param = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             param.weight_loader = loading.loader_of(local)  # type: ignore[attr-defined]
@@ -149,7 +155,7 @@ class FewbitsLinearMethod(LinearMethodBase):
         loading = layer.__dict__.pop("fewbits_loading", None)
         if loading is None:
             return
-        for local in {k for layout in loading.layouts.values() for k in layout.storage(1)}:
+        for local in {k for layout in loading.layouts.values() for k in layout.dtypes}:
             delattr(layer, local)
         matrices = loading.finish()
         layer.packed = nn.ModuleList(matrices)
@@ -193,7 +199,7 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
 def _parse(name: str, layout: str, columns: int) -> Layout:
     try:
         found = parse_layout(layout, columns)
-        found.storage(1)
+        _ = found.dtypes
     except FormatError as e:
         raise CheckpointError(f"{name}: {e}; {AGAIN}") from e
     return found

@@ -30,7 +30,7 @@ for name in sys.argv[2].split():
 from fewbits.quant.recipe import load_recipe, recipe_names
 assert all(load_recipe(name) for name in recipe_names()) and recipe_names()
 from fewbits.kernels.cpu import build
-assert build.SOURCE.is_file()
+assert all(build.source(name).is_file() for name in build.LIBRARIES)
 """
 
 

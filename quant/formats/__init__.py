@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from fewbits.quant.errors import FormatError, nearest
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.trellis import TrellisFormat
 from fewbits.quant.types import Format, Layout
 
 FORMATS: dict[str, Callable[[str], Format | None]] = {
     "int": IntFormat.parse,
+    "trellis": TrellisFormat.parse,
 }
 """Family -> parser of a format name (None when the name is not of that family)."""
 
@@ -28,16 +30,21 @@ def parse_format(name: str) -> Format:
 
 
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
+EXAMPLES += [f"trellis{b}" for b in range(1, 5)]
 
 
-_SORTED = "perm:"
+_SORTED, _ROTATED = "perm:", "had:"
 _RUN = re.compile(r"([^\[\]]+)\[([1-9][0-9]{0,8})\]")
 
 
 def layout_name(layout: Layout) -> str:
-    """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several; sorted ones after ``perm:``."""
+    """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several.
+
+    ``perm:`` before it where columns are sorted, ``had:`` where formats are rotated that do not ask for it.
+    """
+    rotated = layout.rotated and not any(fmt.rotated for fmt, _ in layout.runs)
     runs = [fmt.name if len(layout.runs) == 1 else f"{fmt.name}[{columns}]" for fmt, columns in layout.runs]
-    return (_SORTED if layout.permuted else "") + "+".join(runs)
+    return _SORTED * layout.permuted + _ROTATED * rotated + "+".join(runs)
 
 
 def is_permuted(name: str) -> bool:
@@ -51,9 +58,11 @@ def parse_layout(name: str, columns: int) -> Layout:
     Raises:
         FormatError: unknown format, or the runs do not add up to ``columns``.
     """
-    plain = name.removeprefix(_SORTED)
+    inner = name.removeprefix(_SORTED)
+    plain = inner.removeprefix(_ROTATED)
+    flags = is_permuted(name), inner != plain
     if "[" not in plain:
-        return Layout(((parse_format(plain), columns),), is_permuted(name))
+        return Layout(((parse_format(plain), columns),), *flags)
     runs = []
     for run in plain.split("+"):
         if (m := _RUN.fullmatch(run)) is None:
@@ -61,4 +70,4 @@ def parse_layout(name: str, columns: int) -> Layout:
         runs.append((parse_format(m[1]), int(m[2])))
     if sum(n for _, n in runs) != columns:
         raise FormatError(f"layout: {name!r} covers {sum(n for _, n in runs)} columns, the tensor has {columns}")
-    return Layout(tuple(runs), is_permuted(name))
+    return Layout(tuple(runs), *flags)

@@ -36,8 +36,8 @@ class IntFormat:
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
 
-    span = 1
-    width = 1
+    span = width = height = depth = 1
+    rotated = False
 
     @property
     def name(self) -> str:

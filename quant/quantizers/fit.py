@@ -1,16 +1,17 @@
-"""What quantizers share: static group parameters, fitted once on the original weights, and sorted columns."""
+"""What quantizers share: static group parameters, fitted once on the original weights, and the basis of the codes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, Quantizer
+from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats
+from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, Rotation
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
 # is too small for torch to split over threads, so that chunks can be spread over threads instead.
@@ -24,7 +25,6 @@ def fit_layout(
 
     ``importance (K,)`` weighs the squared error of each column in the clip search; None covers the full range.
     """
-    assert not layout.permuted, "columns are sorted before groups are fitted: with_sorted_columns"
     rows, start = weight.shape[0], 0
     for fmt, columns in layout.runs:
         groups = fmt.groups(columns)
@@ -38,18 +38,44 @@ def fit_layout(
         start += columns
 
 
-def with_sorted_columns(
-    quantizer: Quantizer, weight: Tensor, stats: LayerStats | None, layout: Layout, seed: int
+Core = Callable[[Tensor, LayerStats | None, Layout], tuple[QuantizedTensor, dict[str, float]]]
+"""A quantizer that looks at the runs of a layout and at nothing else."""
+
+
+def in_coded_basis(
+    core: Core, weight: Tensor, stats: LayerStats | None, layout: Layout, seed: int
 ) -> tuple[QuantizedTensor, dict[str, float]]:
-    """Quantize with a permuted layout: what sorts the columns of the weight sorts those of its statistics too.
+    """Sort and rotate the columns as the layout says, quantize, and say in the result how to undo it.
+
+    What transforms the weight transforms its statistics too.
 
     Raises:
         FewbitsError: no statistics to sort by.
     """
-    if stats is None or stats.n_tokens == 0:
-        raise FewbitsError("layout: got columns to sort (perm:) and no calibration tokens to sort them by; give more "
-                           "text, keep the tensor, or plan it without perm:")
-    order = stats.column_order()
-    plain = dataclasses.replace(layout, permuted=False)
-    made, facts = quantizer.quantize(weight[:, order], stats.permuted(order), plain, seed=seed)
-    return dataclasses.replace(made, permutation=order), facts
+    order = None
+    if layout.permuted:
+        if stats is None or stats.n_tokens == 0:
+            raise FewbitsError("layout: got columns to sort (perm:) and no calibration tokens to sort them by; give "
+                               "more text, keep the tensor, or plan it without perm:")
+        order = stats.column_order()
+        weight, stats = weight[:, order], stats.permuted(order)
+    if layout.rotated:
+        weight = weight.float() if stats is None else weight.float().masked_fill(stats.xtx.diagonal() <= 0, 0)
+        rotation = choose_rotation(weight, stats, seed)
+        coded, facts = core(rotate(weight, rotation), None if stats is None else rotate_stats(stats, rotation), layout)
+        made = dataclasses.replace(coded, rotation=rotation)
+        if stats is not None and stats.cross is None:
+            made = _refit_rows(weight, made, rotation, stats)
+    else:
+        made, facts = core(weight, stats, layout)
+    return (made if order is None else dataclasses.replace(made, permutation=order)), facts
+
+
+def _refit_rows(weight: Tensor, made: QuantizedTensor, rotation: Rotation, stats: LayerStats) -> QuantizedTensor:
+    """Every row times the factor that makes its output error least, given the codes: ``w H q^T / q H q^T``."""
+    q = made.dequantize()
+    outputs = q @ stats.xtx
+    power = (outputs * q).sum(1)
+    factor = ((outputs * weight).sum(1) / power).where(power > 0, torch.ones_like(power)).clamp(0.5, 2)
+    out_scale = (rotation.out_scale.float() * factor).half()
+    return dataclasses.replace(made, rotation=dataclasses.replace(rotation, out_scale=out_scale))

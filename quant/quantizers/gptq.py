@@ -6,6 +6,7 @@ imply through the Hessian. With ``H = R R^T`` (R upper triangular: a Cholesky fa
 
     v_k = w_k + sum_{j<k} (w_j - q_j) A_jk
 
+(columns that are coded jointly make one k: ``diag(R)`` then has blocks, and this is the LDLQ of QuIP#)
 so the weights themselves never change and no inverse is needed. It gives the same integers as the error-push form of
 the paper. Groups are fitted beforehand on the original weights (static), so the order of the sweep costs nothing at run
 time: no permutation and no group index is stored for it.
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.quantizers.fit import fit_layout, with_sorted_columns
+from fewbits.quant.quantizers.fit import fit_layout, in_coded_basis
 from fewbits.quant.quantizers.rtn import Clip
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
 
@@ -68,16 +69,23 @@ class GPTQ:
         """
         if stats is None or stats.n_tokens == 0:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
-        if layout.permuted:
-            return with_sorted_columns(self, weight, stats, layout, seed)
+        return in_coded_basis(self._quantize, weight, stats, layout, seed)
+
+    def _quantize(
+        self, weight: Tensor, stats: LayerStats | None, layout: Layout
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
+        assert stats is not None
         diagonal = stats.xtx.diagonal() / stats.n_tokens
         dead, importance = diagonal <= 0, revived(diagonal)
-        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else torch.arange(len(dead))
+        joint = any(fmt.span > 1 for fmt, _ in layout.runs)  # columns that are coded jointly stay side by side
+        order = torch.arange(len(dead))
+        if self.act_order and not joint:
+            order = torch.argsort(importance, descending=True, stable=True)
         correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
         lower, damp = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
         facts = {"damp": damp}
         parts, moved, size = [], 0.0, 0.0
-        for rows in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1])):
+        for rows in weight.split(max(1, _CHUNK_WEIGHTS // (weight.shape[1] * layout.height)) * layout.height):
             original = rows.float().masked_fill(dead, 0)
             target = original
             if correction is not None:
@@ -97,34 +105,47 @@ class GPTQ:
             for g in range(groups := fmt.groups(n)):
                 shared = (fmt, {k: v[:, g].float().contiguous() for k, v in params.items()})
                 columns += [shared] * (n // groups)
-        codes = self._sweep(target.T.index_select(0, order), lower, [columns[i] for i in order.tolist()])
-        codes = torch.empty_like(codes).index_copy_(0, order, codes).T
+        swept = self._sweep(target.T.index_select(0, order), lower, [columns[i] for i in order.tolist()])
+        codes = dict(zip(order.tolist(), swept))
         segments = tuple(
-            Segment(fmt, codes[:, start : start + n].contiguous(), params) for (fmt, n), params, start in fits
+            Segment(fmt, torch.cat([codes[k] for k in range(start, start + n, fmt.span)], 1), params)
+            for (fmt, n), params, start in fits
         )
         return QuantizedTensor((target.shape[0], target.shape[1]), segments)
 
-    def _sweep(self, target: Tensor, lower: Tensor, columns: list[tuple]) -> Tensor:
-        """Codes ``(K, N)`` of ``target (K, N)`` (transposed, so that a column of W is contiguous).
+    def _sweep(self, target: Tensor, lower: Tensor, columns: list[tuple]) -> list[Tensor]:
+        """Codes of ``target (K, N)`` (transposed, so that a column of W is contiguous), for every column a tensor.
 
+        Columns that are coded jointly have theirs at the first of them, and nothing at the others.
         ``lower (K, K)`` is R with both axes reversed; it is read in slices, because a second matrix of that size is
         what decides how much memory a large layer needs.
         """
         n = target.shape[0]
         error = torch.zeros_like(target)
-        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-        for a in range(0, n, self.block_size):
-            b = min(a + self.block_size, n)
+        none = torch.empty(0, dtype=torch.uint8, device=target.device)
+        codes = [none] * n
+        span = max(fmt.span for fmt, _ in columns)
+        block_size = -(-self.block_size // span) * span
+        for a in range(0, n, block_size):
+            b = min(a + block_size, n)
             # A[:b, a:b], unit upper triangular in its last rows
-            feedback = lower[n - b :, n - b : n - a].flip(0, 1) / lower.diagonal()[n - b : n - a].flip(0)
+            feedback = _over_diagonal(lower[n - b :, n - b : n - a].flip(0, 1), [fmt.span for fmt, _ in columns[a:b]])
             value = torch.addmm(target[a:b], feedback[:a].T, error[:a])  # what earlier blocks imply
             inner = feedback[a:].T.contiguous()
-            for k in range(a, b):
-                i = k - a
-                v = torch.addmv(value[i], error[a:k].T, inner[i, :i]) if i else value[i]
-                fmt, params = columns[k]
-                codes[k] = code = fmt.encode(v, params)
-                torch.sub(target[k], fmt.decode(code, params), out=error[k])
+            k = a
+            while k < b:
+                i, (fmt, params) = k - a, columns[k]
+                if fmt.span == 1 and fmt.height == 1:
+                    v = torch.addmv(value[i], error[a:k].T, inner[i, :i]) if i else value[i]
+                    code = fmt.encode(v, params)
+                    codes[k] = code[:, None]
+                    torch.sub(target[k], fmt.decode(code, params), out=error[k])
+                else:
+                    own = slice(k, k + fmt.span)
+                    v = torch.addmm(value[i : i + fmt.span], inner[i : i + fmt.span, :i], error[a:k])
+                    codes[k] = code = fmt.encode(v.T, params)
+                    torch.sub(target[own], fmt.decode(code, params).T, out=error[own])
+                k += fmt.span
         return codes
 
     def _correction(self, stats: LayerStats) -> Tensor:
@@ -134,6 +155,23 @@ class GPTQ:
         hessian.diagonal().copy_(revived(hessian.diagonal()))
         hessian.diagonal().add_(self.qep_damp * hessian.diagonal().mean())
         return self.qep * torch.linalg.solve(hessian, stats.cross / stats.n_tokens, left=False)
+
+
+def _over_diagonal(factor: Tensor, spans: list[int]) -> Tensor:
+    """``factor (b, c)``, the columns of R that a lazy update takes, over the diagonal blocks of its last ``c`` rows.
+
+    The blocks are those of the columns that are coded jointly: ``A = R / diag(R)`` where each is coded by itself.
+    """
+    top = len(factor) - len(spans)
+    if max(spans) == 1:
+        return factor / factor[top:].diagonal()
+    out, i = torch.empty_like(factor), 0
+    while i < len(spans):
+        span = slice(i, i + spans[i])
+        block = factor[top + i : top + span.stop, span]
+        out[:, span] = torch.linalg.solve_triangular(block, factor[:, span], upper=True, left=False)
+        i = span.stop
+    return out
 
 
 def reverse_cholesky(xtx: Tensor, n_tokens: int, order: Tensor, damp: float) -> tuple[Tensor, float]:

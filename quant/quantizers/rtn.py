@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewbits.quant.quantizers.fit import fit_layout, with_sorted_columns
+from fewbits.quant.quantizers.fit import fit_layout, in_coded_basis
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment
 
 Clip = Literal["minmax", "search"]
@@ -30,8 +30,11 @@ class RTN:
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0
     ) -> tuple[QuantizedTensor, dict[str, float]]:
         """Quantize ``weight (N, K)``, of any float dtype; given statistics, the clip search weighs columns by them."""
-        if layout.permuted:
-            return with_sorted_columns(self, weight, stats, layout, seed)
+        return in_coded_basis(self._round, weight, stats, layout, seed)
+
+    def _round(
+        self, weight: Tensor, stats: LayerStats | None, layout: Layout
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
         rows, columns = weight.shape
         weight = weight.float()
         importance = None
@@ -39,7 +42,5 @@ class RTN:
             importance = torch.ones(columns) if stats is None else stats.hessian.diagonal()
         segments = []
         for (fmt, n), params, start in fit_layout(weight, importance, layout):
-            run = weight[:, start : start + n].view(rows, fmt.groups(n), -1)
-            codes = fmt.encode(run, {k: v.unsqueeze(-1) for k, v in params.items()}).view(rows, n)
-            segments.append(Segment(fmt, codes, params))
+            segments.append(Segment.nearest(fmt, weight[:, start : start + n], params))
         return QuantizedTensor((rows, columns), tuple(segments)), {}

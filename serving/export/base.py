@@ -90,6 +90,9 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
     if layout.permuted or len(layout.runs) > 1:
         return (f"takes one format for a tensor, its columns in their own order; got {layout_name(layout)[:60]}; "
                 "quantize with allocate.unit = 'tensor'")
+    if layout.rotated:
+        return (f"takes integers in the weight's own basis; got {layout_name(layout)}; serve it with fewbits or its "
+                "vLLM plug-in, or quantize with --target")
     fmt = layout.runs[0][0]
     return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
 

@@ -101,13 +101,13 @@ def test_build_is_cached_and_leaves_nothing_else(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))
     compiler = build.find_compiler()
     assert compiler is not None
-    first = build.build(compiler, tmp_path)
+    first = build.build("int_matmul", compiler, tmp_path)
     assert first is not None and list(tmp_path.iterdir()) == [first]
     stamp = first.stat().st_mtime_ns
-    assert build.build(compiler, tmp_path) == first and first.stat().st_mtime_ns == stamp
+    assert build.build("int_matmul", compiler, tmp_path) == first and first.stat().st_mtime_ns == stamp
     monkeypatch.setattr(build, "cpu_flags", lambda: "another CPU")
     monkeypatch.setattr(build, "VARIANTS", (("-fno-such-flag",),))
-    assert build.build(compiler, tmp_path) is None, "another CPU must not load this library"
+    assert build.build("int_matmul", compiler, tmp_path) is None, "another CPU must not load this library"
     assert list(tmp_path.iterdir()) == [first], "a failed build leaves its temporary file behind"
 
 
@@ -146,6 +146,6 @@ def test_unwritable_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
 def test_one_pool_of_threads(weight) -> None:
     """Torch's OpenMP runtime and ours are one: two pools would fight for the cores."""
-    assert isinstance(build.load(), ctypes.CDLL)
+    assert isinstance(build.load("int_matmul"), ctypes.CDLL)
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line}
     assert len(loaded) <= 1, f"several OpenMP runtimes are loaded: {loaded}"

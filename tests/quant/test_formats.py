@@ -37,9 +37,8 @@ def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
 def fitted(fmt: Format, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Codes ``(N, K)`` and parameters ``(N, G)`` of a weight, each group by itself."""
     rows, columns = weight.shape
-    groups = weight.view(rows, fmt.groups(columns), -1)
-    params = fmt.fit(groups, importance)
-    return fmt.encode(groups, broadcast(params)).view(rows, columns), params
+    params = fmt.fit(weight.view(rows, fmt.groups(columns), -1), importance)
+    return Segment.nearest(fmt, weight, params).codes, params
 
 
 def broadcast(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,7 +364,7 @@ def test_contract(family: str) -> None:
     for fmt in examples(family):
         assert isinstance(fmt, Format)
         assert parse_format(fmt.name) == fmt and hash(parse_format(fmt.name)) == hash(fmt)
-        rows, columns = 7, 128
+        rows, columns = 7 * fmt.height, 128
         assert columns % fmt.groups(columns) == 0
         codes, params = fitted(fmt, weights(rows, columns))
         assert codes.dtype == torch.uint8 and int(codes.max()) < 1 << fmt.code_bits
@@ -377,10 +376,8 @@ def test_contract(family: str) -> None:
         tensor = QuantizedTensor((rows, columns), (Segment(fmt, codes, params),))
         decoded = tensor.dequantize()
         assert decoded.dtype == torch.float32 and decoded.shape == (rows, columns)
-        grouped = {k: v.unsqueeze(-1) for k, v in params.items()}
-        again = fmt.encode(decoded.view(rows, fmt.groups(columns), -1), grouped).view(rows, -1)
-        assert torch.equal(QuantizedTensor((rows, columns), (Segment(fmt, again, params),)).dequantize(), decoded)
-        assert 8 * tensor.stored_bytes >= fmt.code_bits * fmt.width / fmt.span * rows * columns
+        assert torch.equal(Segment.nearest(fmt, decoded, params).dequantize(), decoded)
+        assert 8 * tensor.stored_bytes >= fmt.code_bits * codes.numel()
 
 
 def test_more_bits_are_better() -> None:

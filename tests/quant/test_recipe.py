@@ -11,23 +11,26 @@ import torch
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.trellis import TrellisFormat
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.quantizers.gptq import GPTQ
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import (
-    Integers,
     Recipe,
+    Weights,
     load_recipe,
     parse_recipe,
     parse_settings,
     recipe_names,
     recipe_text,
 )
+from fewbits.quant.types import Layout
 
 CHANGES: dict[str, Any] = {
     "quantizer.damp": 0.02, "quantizer.act_order": False, "quantizer.clip": "minmax", "quantizer.qep": 0.5,
     "quantizer.qep_damp": 0.5, "format.bits": 3, "format.group_size": 32, "format.symmetric": True,
-    "format.scale_dtype": "bfloat16", "calibration.sources": ["default", "other.txt"], "calibration.samples": 64,
+    "format.scale_dtype": "bfloat16", "format.family": "trellis", "format.state_bits": 14,
+    "calibration.sources": ["default", "other.txt"], "calibration.samples": 64,
     "calibration.images": "pictures", "calibration.image_fraction": 0.25,
     "calibration.seqlen": 256, "calibration.order": "first", "calibration.inputs": "original",
     "calibration.true_sequential": True, "calibration.skip_tokens": 1, "calibration.dtype": "bfloat16",
@@ -134,7 +137,7 @@ def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('[quantizer]\nname = "rtn"\n[format]\nbits = 3\n')
     recipe = load_recipe(str(tmp_path / "mine.toml"), {"format.group_size": "row"})
     assert recipe.name == "mine" and recipe.make_quantizer() == RTN()
-    assert recipe.format == Integers(bits=3, group_size="row")
+    assert recipe.format == Weights(bits=3, group_size="row")
     (tmp_path / "mine.toml").write_text('name = "yours"\n')
     assert load_recipe(str(tmp_path / "mine.toml")).name == "yours"
 
@@ -198,7 +201,7 @@ def test_fingerprint_ignores_the_name_and_nothing_else() -> None:
         now = (dump[table] if table else dump)[leaf]
         prints.add(load_recipe("gptq", {key: not now if isinstance(now, bool) else value}).fingerprint)
     assert len(prints) == 1 + len(CHANGES)
-    tables = {"quantizer": GPTQ.__dataclass_fields__, "format": Integers.model_fields,
+    tables = {"quantizer": GPTQ.__dataclass_fields__, "format": Weights.model_fields,
               "calibration": type(base.calibration).model_fields, "budget": type(base.budget).model_fields,
               "allocate": type(base.allocate).model_fields}
     known = {f"{table}.{key}" for table, keys in tables.items() for key in keys} | set(Recipe.model_fields)
@@ -223,16 +226,23 @@ def test_fingerprint_is_stable() -> None:
     (576, 64), (1536, 128), (4096, 128), (128, 128), (64, 64), (96, 32), (97, 1), (1, 1), (8192 * 3, 128),
 ])
 def test_auto_group_is_the_largest_power_of_two_that_divides(columns: int, group: int) -> None:
-    fmt = Integers().for_columns(columns)
+    ((fmt, _),) = Weights().for_columns(columns).runs
     assert fmt.group_size == group and fmt.groups(columns) * group == columns
 
 
 def test_formats_for_columns() -> None:
-    assert Integers(bits=3, group_size="row").for_columns(97) == IntFormat(3, None)
-    fmt = Integers(bits=8, group_size=32, symmetric=True, scale_dtype="bfloat16").for_columns(64)
-    assert fmt == IntFormat(8, 32, True, torch.bfloat16)
+    assert Weights(bits=3, group_size="row").for_columns(97) == Layout.of(IntFormat(3, None), 97)
+    layout = Weights(bits=8, group_size=32, symmetric=True, scale_dtype="bfloat16").for_columns(64)
+    assert layout == Layout.of(IntFormat(8, 32, True, torch.bfloat16), 64)
+    assert Weights(family="trellis", bits=3).for_columns(64) == Layout.of(TrellisFormat(3), 64)
+    halves = Weights(family="trellis", bits=2.5, state_bits=14).for_columns(72)
+    assert halves == Layout(((TrellisFormat(2, 14), 40), (TrellisFormat(3, 14), 32)))
+    with pytest.raises(ValueError, match="trellis codes have 1 to 4"):
+        Weights(family="trellis", bits=5)
+    with pytest.raises(ValueError, match="integers have 1 to 8 whole ones"):
+        Weights(bits=2.5)
     with pytest.raises(FormatError, match="K = 96 is not a multiple of group_size 64"):
-        Integers(group_size=64).for_columns(96)
+        Weights(group_size=64).for_columns(96)
 
 
 def format_for(recipe: Recipe, name: str, *, kind: str = "linear", is_head: bool = False) -> str | None:

@@ -196,6 +196,18 @@ def test_a_dense_head_tied_to_a_packed_embedding_reads_its_codes(rank):
     assert head.tie_weights(plain) is head and head.weight is plain.weight
 
 
+def test_an_embedding_that_vllm_gives_no_name(rank):
+    """As in its Llama."""
+    rank(0, 1)
+    names = config(exceptions={"model.embed_tokens": "int6_g24", "model.layers.0.q_proj": "int3_g24"})
+    embed = vocab_parallel_embedding.VocabParallelEmbedding(200, HIDDEN, quant_config=names)
+    table = quantized(200, "int6_g24")
+    fill(embed, table.pack())
+    ready(embed)
+    ids = torch.tensor([0, 3, 199])
+    assert torch.equal(embed.quant_method.embedding(embed, ids), table.dequantize()[ids])
+
+
 def test_what_is_kept_is_dense(rank):
     assert isinstance(qkv(config(keep=[f"attn.{p}" for p in MODULES["qkv_proj"]])).quant_method,
                       linear.UnquantizedLinearMethod)

@@ -1,0 +1,119 @@
+"""The change of basis in which vector codes see weights that look Gaussian: block Hadamard, signs and scales.
+
+    W = diag(out_scale) R_N^T Q R_K diag(in_scale)
+
+``Q`` is what is coded, ``R_n`` the orthonormal Hadamard matrix of ``block_size(n)`` repeated along the diagonal, and
+both scales carry random signs. Whatever transforms the weight transforms the Hessian: ``H' = R_K D H D R_K^T`` with
+``D = diag(in_scale)``, so that the loss in one basis is the loss in the other.
+
+At run time ``y = out_scale * R_N^T (Q (R_K (in_scale * x)))``; a Sylvester Hadamard matrix is its own transpose.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.errors import FormatError
+from fewbits.quant.types import LayerStats, Rotation, block_size
+
+SCALE_RANGE = 8.0
+"""Scales stay within this factor of their geometric mean."""
+
+
+_MATRICES: dict[tuple[int, torch.device], Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    """Sylvester's matrix, orthonormal, float32 ``(size, size)``; made once."""
+    if (size, device) not in _MATRICES:
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        _MATRICES[size, device] = (matrix / math.sqrt(size)).to(device)
+    return _MATRICES[size, device]
+
+
+def hadamard(x: Tensor, size: int) -> Tensor:
+    """``x (..., n)`` with each run of ``size`` entries of its last dimension transformed; its own inverse."""
+    return (x.reshape(-1, size) @ _hadamard(size, x.device).to(x.dtype)).view(x.shape)
+
+
+def rotate_columns(x: Tensor, rotation: Rotation) -> Tensor:
+    """``x (..., K)`` as the coded matrix reads it: ``R_K (in_scale * x)``, float32."""
+    return hadamard(x.float() * rotation.in_scale.float(), block_size(len(rotation.in_scale)))
+
+
+def rotate_rows_back(y: Tensor, rotation: Rotation) -> Tensor:
+    """What the coded matrix made, ``(..., N)`` float32, as the weight would have made it."""
+    return hadamard(y, rotation.row_block) * rotation.out_scale.float()
+
+
+def rotated_back(coded: Tensor, rotation: Rotation) -> Tensor:
+    """The weight ``(N, K)`` that ``coded (N, K)`` float32 stands for."""
+    columns = hadamard(coded, block_size(coded.shape[1])) * rotation.in_scale.float()
+    return rotate_rows_back(columns.T, rotation).T
+
+
+def rotate(weight: Tensor, rotation: Rotation) -> Tensor:
+    """Inverse of :func:`rotated_back`: ``weight (N, K)`` float32 as it is coded."""
+    rows = hadamard((weight / rotation.out_scale.float()[:, None]).T, rotation.row_block).T
+    return hadamard(rows / rotation.in_scale.float(), block_size(weight.shape[1]))
+
+
+def rotate_stats(stats: LayerStats, rotation: Rotation) -> LayerStats:
+    """Those of the inputs that the coded matrix reads. Both axes of the sums are inputs: one rule for all of them."""
+    def both(matrix: Tensor) -> Tensor:
+        half = rotate_columns(matrix, rotation)
+        return rotate_columns(half.T, rotation).T.contiguous()
+
+    cross = None if stats.cross is None else both(stats.cross)
+    return LayerStats(both(stats.xtx), stats.n_tokens, cross)
+
+
+def choose_rotation(weight: Tensor, stats: LayerStats | None, seed: int) -> Rotation:
+    """Scales and signs for ``weight (N, K)`` float32, so that what is coded has a mean square of 1.
+
+    Once rotated, all entries of a block of rows and of columns have one variance, and the error that a code makes of
+    them is in proportion to ``|W / (out in^T)|^2 (sum_k H_kk in_k^2) (sum_n out_n^2)``. The inequality of Cauchy and
+    Schwarz gives the least of it: ``out_n = |w_n|^(1/2)``, ``in_k = (|w_k|^2 / H_kk)^(1/4)``. That is before error
+    feedback, which spends the error where ``H`` is small anyway: half the exponent of ``in`` is better on every
+    real matrix tried.
+
+    Signs are drawn by ``seed`` and K alone for the columns, so that all weights that read one input share them.
+    """
+    rows, columns = weight.shape
+    signs = [_signs(n, seed + salt) for n, salt in ((columns, 0), (rows, 1))]
+    out_scale = _clamped(weight.square().sum(1).pow(1 / 4))
+    power = (weight / out_scale[:, None]).square().sum(0)
+    curvature = torch.ones(columns) if stats is None else stats.hessian.diagonal()
+    in_scale = _clamped((power / (curvature + 0.01 * curvature.mean()).clamp(min=1e-30)).pow(1 / 8))
+    in_scale = (in_scale / in_scale.log().mean().exp() * signs[0]).half()
+    # Orthonormal transforms keep the sum of squares, so the size of what is coded is known before it is made.
+    size = (weight / out_scale[:, None] / in_scale.float()).square().mean().sqrt().clamp(min=1e-12)
+    return Rotation(in_scale, _storable(out_scale * size * signs[1]), block_size(rows))
+
+
+def _signs(n: int, seed: int) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (n,), generator=draw).mul_(2).sub_(1).float()
+
+
+def _clamped(scale: Tensor) -> Tensor:
+    """Within a factor of the geometric mean of those above 0."""
+    if not bool((scale > 0).any()):
+        return torch.ones_like(scale)
+    mean = scale[scale > 0].log().mean().exp()
+    return scale.clamp(mean / SCALE_RANGE, mean * SCALE_RANGE)
+
+
+def _storable(scale: Tensor) -> Tensor:
+    limits = torch.finfo(torch.float16)
+    if bool((scale.abs() > limits.max).any()):
+        raise FormatError(f"weight_out_scale: got {float(scale.abs().max()):.3g}, float16 holds at most "
+                          f"{limits.max:.3g}; give the tensor an integer format with scales of bfloat16")
+    least = limits.smallest_normal / 32
+    return torch.where(scale < 0, scale.clamp(max=-least), scale.clamp(min=least)).half()
