@@ -26,7 +26,6 @@ SCALE_RANGE = 8.0
 _MATRICES: dict[tuple[int, torch.device], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
 def _hadamard(size: int, device: torch.device) -> Tensor:
     """Sylvester's matrix, orthonormal, float32 ``(size, size)``; made once."""
     if (size, device) not in _MATRICES:
