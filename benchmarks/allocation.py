@@ -37,12 +37,14 @@ MENUS = {
     "finequant": [f"int{b}_{g}" for b in (2, 3) for g in ("row", "g192", "g96", "g64", "g32")]
     + ["int4_row", "int4_g192", "int4_g96", "int4_g64"],
 }
+MENUS["auto-trellis"] = ["trellis1", "trellis2", "trellis3", "trellis4", "int5_g64", "int6_g64", "int8_g64"]
 MENUS["evopress"] = MENUS["auto"]
 AUTOSCHEME = "AutoScheme (auto-round)"
 MENUS["baq-across"] = MENUS["baq-wide"] = MENUS["auto-columns"] = MENUS["baq"]
 MORE: dict[str, dict[str, Any]] = {
     "baq-across": {"allocate.damage": "baq"}, "baq-matrices": {"allocate.damage": "baq", "allocate.unit": "tensor"},
     "baq-wide": {"allocate.column_group": 192},  # 2.25 bits are below what groups of 64 can reach
+    "auto-trellis": {"allocate.rivals": []},
     "auto-columns": {"allocate.unit": "columns", "allocate.damage": "fisher", "allocate.rivals": []},
 }
 """What a row changes in the recipe that it is named after."""
@@ -131,7 +133,7 @@ def _sequential(recipe: Recipe) -> Recipe:
 
 def recipe(name: str, more: dict[str, Any]) -> Recipe:
     """A recipe on the protocol's calibration, with statistics of the original model."""
-    base = "baq" if name.startswith("baq") else name.removesuffix("-columns")
+    base = "baq" if name.startswith("baq") else name.removesuffix("-columns").removesuffix("-trellis")
     return load_recipe(base, {**_overrides(), **MORE.get(name, {}), **more})
 
 

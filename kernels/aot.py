@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_trellis
+from fewbits.kernels import triton_int, triton_rvq, triton_trellis
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
 
 TIMEOUT = 600
@@ -70,8 +70,8 @@ class Job:
 
     @property
     def format(self) -> str:
-        if self.kernel.startswith("trellis"):
-            return f"trellis{self.bits}"
+        if (family := self.kernel.rpartition("_")[0]) in ("trellis", "rvq"):
+            return f"{family}{self.bits}"
         return f"int{self.bits}{'_sym' if self.symmetric else ''}_g{self.group}"
 
 
@@ -80,6 +80,8 @@ QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, toke
 
 QUICK += tuple(Job(kernel, bits, tokens=tokens) for bits in (1, 2, 3, 4)
                for kernel, tokens in (("trellis_gemv", 1), ("trellis_gemm", 256)))
+QUICK += tuple(Job(kernel, bits, tokens=tokens) for bits in (2, 3, 4)
+               for kernel, tokens in (("rvq_gemv", 1), ("rvq_gemm", 256)))
 
 FULL = QUICK + tuple(
     Job("gemm", bits, symmetric, tokens, dtype=dtype)
@@ -123,6 +125,8 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     """Arguments that the launcher passes for this job, pointers as type names, and its tile."""
     if job.kernel.startswith("trellis"):
         return _trellis_arguments(job, chip)
+    if job.kernel.startswith("rvq"):
+        return _rvq_arguments(job)
     words = job.columns * job.bits // 32
     group = 0 if job.group == job.columns else job.group
     common = {"p_x": f"*{job.dtype}", "p_w": "*i32", "p_s": "*fp16", "p_z": "*u8", "p_y": f"*{job.dtype}",
@@ -151,10 +155,23 @@ def _trellis_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     return {**values, "b_k": tile.b_k}, tile
 
 
+def _rvq_arguments(job: Job) -> tuple[dict[str, object], Tile]:
+    gemv = job.kernel == "rvq_gemv"
+    tile = triton_rvq.GEMV_TILE if gemv else triton_rvq.gemm_tile(job.tokens)
+    values = {"p_x": f"*{job.dtype}", "p_w": "*u8", "p_books": "*fp16", "p_y": f"*{job.dtype}",
+              **({} if gemv else {"M": job.tokens}), "N": job.rows, "K": job.columns,
+              "steps": job.columns // tile.b_k, "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows,
+              "STAGES": job.bits}
+    if not gemv:
+        values |= {"WIDE": job.dtype == "fp32", "b_m": tile.b_m}
+    return {**values, "b_n": tile.b_n, "b_k": tile.b_k}, tile
+
+
 def compile_job(job: Job, chip: Chip):
     """Triton's compiled kernel, specialized as a launch is: for 1, for multiples of 16, for aligned pointers."""
-    kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm, "trellis_gemv": triton_trellis.trellis_gemv,
-              "trellis_gemm": triton_trellis.trellis_gemm}[job.kernel]
+    kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
+              "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
+              "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm}[job.kernel]
     values, tile = arguments(job, chip)
     assert list(values) == list(kernel.arg_names), "arguments() has to follow the kernel's signature"
     constants = {p.name for p in kernel.params if p.is_constexpr} | {n for n, v in values.items() if v == 1}

@@ -6,8 +6,8 @@
 
 Integer formats go through two torch operators that take flat tensors, ``fewbits::int_matmul`` and
 ``fewbits::int_dequantize``, so ``torch.compile`` and CUDA graphs see them as opaque nodes; the number of tokens is
-looked at inside, when it is known. Trellis codes have operators of their own (``kernels/trellis.py``); any other format
-is decoded by its own ``unpack`` and ``decode``.
+looked at inside, when it is known. Formats that code jointly have operators of their own (``kernels/coded.py``); any
+other is decoded by its own ``unpack`` and ``decode``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewbits.kernels import reference, trellis
+from fewbits.kernels import coded, reference
 from fewbits.kernels.cpu import int_matmul as cpu
 from fewbits.quant.bitpack import unpack_rows
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.formats.trellis import TrellisFormat
 from fewbits.quant.types import Format, Segment
 
 Operands = tuple[Tensor, Tensor, Tensor | None]
@@ -120,8 +119,8 @@ def _select(bits: int, tokens: int, device: str) -> tuple[str, Kernel]:
 
 def select_kernel(format: Format, M: int, device: torch.device) -> str:
     """Name of the kernel that multiplies ``M`` tokens by a weight of this format on this device."""
-    if isinstance(format, TrellisFormat):
-        return trellis.select(M, device.type)
+    if isinstance(format, coded.CODED):
+        return coded.select(format, M, device.type)
     if not isinstance(format, IntFormat):
         return "reference"
     return _select(format.code_bits, M, device.type)[0]
@@ -234,8 +233,9 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
         raise ValueError(f"x: got {x.shape[-1]} columns, the weight needs {prepared.columns}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x: got {x.dtype}, needed float32, bfloat16 or float16; cast it with x.float()")
-    if isinstance(prepared.format, TrellisFormat):
-        return trellis.matmul(x, prepared.tensors["weight_trellis"], prepared.format)
+    if isinstance(prepared.format, coded.CODED):
+        (packed,) = prepared.tensors.values()
+        return coded.matmul(x, packed, prepared.format)
     if prepared.operands is None:
         return (x.float() @ dequantize(prepared).T).to(x.dtype)
     packed, scale, zero = prepared.operands
@@ -247,8 +247,9 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
 
 def dequantize(prepared: Prepared) -> Tensor:
     """float32 ``(N, K)``: exactly what the stored codes mean."""
-    if isinstance(prepared.format, TrellisFormat):
-        return trellis.dequantize(prepared.tensors["weight_trellis"], prepared.format)
+    if isinstance(prepared.format, coded.CODED):
+        (packed,) = prepared.tensors.values()
+        return coded.dequantize(packed, prepared.format)
     if prepared.operands is None:
         segment = Segment(prepared.format, *prepared.format.unpack(prepared.tensors, prepared.rows, prepared.columns))
         return segment.dequantize()

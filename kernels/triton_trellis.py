@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, choose_split, processors
+from fewbits.quant.formats.trellis import TrellisFormat
 
 HEIGHT, WIDTH = 32, 8
 GEMV_TILE = Tile(b_m=1, b_n=HEIGHT, b_k=128, warps=4, stages=2)
@@ -150,7 +151,7 @@ def gemm_tile(tokens: int) -> Tile:
     return next(t for limit, t in GEMM_TILES if limit is None or tokens <= limit)
 
 
-def gemv(x: Tensor, packed: Tensor, code_bits: int, state_bits: int, step: float, split: int | None = None) -> Tensor:
+def gemv(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for a few tokens."""
     tokens, columns, rows, tile = *x.shape, packed.shape[0] * HEIGHT, GEMV_TILE
     steps = triton.cdiv(columns, tile.b_k)
@@ -158,13 +159,13 @@ def gemv(x: Tensor, packed: Tensor, code_bits: int, state_bits: int, step: float
         split = choose_split(tokens * packed.shape[0], steps, processors(x.device))
     y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     trellis_gemv[(tokens, packed.shape[0], split)](
-        x, packed, y, rows, columns, triton.cdiv(steps, split), step, x.stride(0), y.stride(1), y.stride(0),
-        BITS=code_bits, STATES=state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A, b_k=tile.b_k,
+        x, packed, y, rows, columns, triton.cdiv(steps, split), fmt.step, x.stride(0), y.stride(1), y.stride(0),
+        BITS=fmt.code_bits, STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A, b_k=tile.b_k,
         num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
     return y.sum(0).to(x.dtype) if split > 1 else y[0]
 
 
-def gemm(x: Tensor, packed: Tensor, code_bits: int, state_bits: int, step: float, split: int | None = None) -> Tensor:
+def gemm(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     tokens, columns, rows = *x.shape, packed.shape[0] * HEIGHT
     tile = gemm_tile(tokens)
@@ -174,8 +175,8 @@ def gemm(x: Tensor, packed: Tensor, code_bits: int, state_bits: int, step: float
         split = choose_split(blocks[0] * blocks[1], steps, processors(x.device))
     y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     trellis_gemm[(*blocks, split)](
-        x, packed, y, tokens, rows, columns, triton.cdiv(steps, split), step, x.stride(0), y.stride(1), y.stride(0),
-        BITS=code_bits, STATES=state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A,
+        x, packed, y, tokens, rows, columns, triton.cdiv(steps, split), fmt.step, x.stride(0), y.stride(1), y.stride(0),
+        BITS=fmt.code_bits, STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A,
         WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
         num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
     return y.sum(0).to(x.dtype) if split > 1 else y[0]

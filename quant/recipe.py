@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fewbits.quant.errors import FormatError, RecipeError, nearest
 from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.types import Layout, Quantizer
@@ -54,7 +55,9 @@ Bits = Annotated[int | float, pydantic.PlainValidator(_bits, json_schema_input_t
 class Weights(_Table):
     """Which format weights get."""
 
-    family: Literal["int", "trellis"] = Field("int", description="integers, or trellis codes of rotated weights")
+    family: Literal["int", "trellis", "rvq"] = Field(
+        "int", description="integers, or codes of rotated weights: trellis, residual vectors"
+    )
     bits: Bits = Field(4, description="of a code; trellis: 1 to 4, also in steps of a half")
     group_size: Annotated[int, Field(ge=1)] | Literal["auto", "row"] = Field(
         "auto", description="int: auto is the largest power of two dividing K <= 128"
@@ -69,6 +72,8 @@ class Weights(_Table):
     def _possible(self) -> Weights:
         if self.family == "trellis" and self.bits > 4:
             raise ValueError(f"got {self.bits} bits, trellis codes have 1 to 4; set format.family = 'int'")
+        if self.family == "rvq" and self.bits not in (2, 3, 4):
+            raise ValueError(f"got {self.bits} bits, residual vectors have 2, 3 or 4; set format.family = 'trellis'")
         if self.family == "int" and self.bits % 1:
             raise ValueError(f"got {self.bits} bits, integers have 1 to 8 whole ones; give a budget, --bpw {self.bits}")
         return self
@@ -77,6 +82,8 @@ class Weights(_Table):
         """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
         if self.family == "trellis":
             layout = trellis_layout(self.bits, self.state_bits, columns)
+        elif self.family == "rvq":
+            layout = Layout.of(RVQFormat(int(self.bits)), columns)
         else:
             if self.group_size == "auto":
                 group: int | None = min(columns & -columns, MAX_AUTO_GROUP)

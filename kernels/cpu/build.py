@@ -64,6 +64,10 @@ LIBRARIES = {
         "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
         "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
     }),
+    "rvq_matmul": Library("layers of residual vector codes run in plain torch, several times slower", {
+        "fewbits_rvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
+        "fewbits_rvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
+    }, flags=("-ffp-contract=off",)),  # whether sums are contracted would depend on the number of tokens
 }
 """Name of a C file in this folder -> what it holds."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fewbits.kernels.cpu.build import load
+
+if TYPE_CHECKING:
+    from fewbits.quant.formats.trellis import TrellisFormat
 
 TILE = 256
 """Values that one circular string of bits stands for."""
@@ -37,22 +42,22 @@ def search(values: Tensor, codebook: Tensor, code_bits: int) -> Tensor:
     return codes
 
 
-def gemv(x: Tensor, packed: Tensor, code_bits: int, state_bits: int, step: float) -> Tensor:
+def gemv(x: Tensor, packed: Tensor, fmt: TrellisFormat) -> Tensor:
     """``x (M, K) -> (M, N)`` float32 straight from the codes ``packed (N / 32, K / 8, 8 * code_bits)``."""
     library = load("trellis_matmul")
     assert library is not None, "ask available() first"
     wide = x.float().contiguous()
-    y = torch.empty(len(x), packed.shape[0] * 32, dtype=torch.float32)
+    y = torch.empty(len(x), packed.shape[0] * fmt.height, dtype=torch.float32)
     library.fewbits_trellis_gemv(wide.data_ptr(), packed.data_ptr(), y.data_ptr(), len(x), y.shape[1], x.shape[1],
-                                 code_bits, state_bits, step, torch.get_num_threads())
+                                 fmt.code_bits, fmt.state_bits, fmt.step, torch.get_num_threads())
     return y
 
 
-def dequantize(packed: Tensor, code_bits: int, state_bits: int, step: float) -> Tensor:
+def dequantize(packed: Tensor, fmt: TrellisFormat) -> Tensor:
     """float32 ``(N, K)``, equal to the reference bit for bit."""
     library = load("trellis_matmul")
     assert library is not None, "ask available() first"
-    out = torch.empty(packed.shape[0] * 32, packed.shape[1] * 8, dtype=torch.float32)
-    library.fewbits_trellis_dequantize(packed.data_ptr(), out.data_ptr(), *out.shape, code_bits, state_bits, step,
-                                       torch.get_num_threads())
+    out = torch.empty(packed.shape[0] * fmt.height, packed.shape[1] * fmt.span, dtype=torch.float32)
+    library.fewbits_trellis_dequantize(packed.data_ptr(), out.data_ptr(), *out.shape, fmt.code_bits, fmt.state_bits,
+                                       fmt.step, torch.get_num_threads())
     return out

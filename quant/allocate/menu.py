@@ -152,6 +152,8 @@ def _entries(
     found: dict[str, Layout] = {}
     reasons = []
     for entry in wanted:
+        if entry not in HALF_BITS:
+            named_format(entry, MAX_AUTO_GROUP)  # an unknown name is no matter of this tensor
         try:
             layout = _layout(entry, columns, group)
             layout.storage(rows)

@@ -17,8 +17,10 @@ def judged() -> list[dict]:
 def test_every_width_compiles_for_every_chip_without_spills(judged: list[dict]) -> None:
     found = {(j["kernel"], j["format"], j["chip"]): j["spills"] for j in judged}
     chips = ("sm_80", "sm_90", "gfx942")
-    assert set(found) == {(kernel, f"int{bits}_g128", chip)
-                          for kernel in ("gemv", "gemm") for bits in (2, 3, 4, 8) for chip in chips}
+    wanted = [(kernel, f"int{bits}_g128") for kernel in ("gemv", "gemm") for bits in (2, 3, 4, 8)]
+    wanted += [(kernel, f"trellis{bits}") for kernel in ("trellis_gemv", "trellis_gemm") for bits in (1, 2, 3, 4)]
+    wanted += [(kernel, f"rvq{bits}") for kernel in ("rvq_gemv", "rvq_gemm") for bits in (2, 3, 4)]
+    assert set(found) == {(*w, chip) for w in wanted for chip in chips}
     assert not {k: v for k, v in found.items() if v}, "tiles that spill"
 
 
@@ -33,14 +35,15 @@ def test_figures_are_complete_and_plausible(judged: list[dict]) -> None:
 def test_gemm_reaches_the_matrix_units(judged: list[dict]) -> None:
     units = {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "mfma"}
     for j in judged:
-        assert j["mma"] == (units[j["chip"]] if j["kernel"] == "gemm" else "none"), j
+        assert j["mma"] == (units[j["chip"]] if j["kernel"].endswith("gemm") else "none"), j
 
 
 def test_gemv_decodes_in_registers(judged: list[dict]) -> None:
     """Words must not be spread over threads: that took 13 to 22 instructions a weight instead of about 7."""
+    most = {"gemv": 10, "trellis_gemv": 12, "rvq_gemv": 15}  # seen: 7; 6.5, and 11 without dp4a; 3.5 for each stage
     for j in judged:
-        if j["kernel"] == "gemv":
-            assert j["instructions_per_weight"] < 10, j
+        if j["kernel"] in most:
+            assert j["instructions_per_weight"] < most[j["kernel"]], j
 
 
 @pytest.mark.parametrize("line, width", [

@@ -1,0 +1,135 @@
+"""Residual vector codes with small codebooks that all models share, for weights in a rotated basis.
+
+A vector is 8 consecutive rows of one column: feedback from column to column then knows every error, which vectors along
+the columns would hide from one another (VPTQ, arXiv 2409.17066). It is the sum of one entry of each of ``bits``
+codebooks of 256, so that a code is a byte and a codebook 4 KB. Rotated weights are as good as normal, whatever the
+model: the codebooks were trained on normal vectors once (``benchmarks/rvq_codebooks.py``), and none is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from fewbits.quant.errors import FormatError
+from fewbits.quant.types import Params
+
+_NAME = re.compile(r"rvq([2-4])")
+_CHUNK = 1 << 13  # vectors searched at a time: 128 MB for the scores of a beam
+
+BEAM = 16
+"""Partial sums that are kept after each stage. A greedy search (1) has a tenth more error."""
+
+
+@dataclass(frozen=True)
+class RVQFormat:
+    """``bits`` bits a weight: a byte of each of ``bits`` codebooks for 8 of them."""
+
+    bits: int
+
+    code_bits = 8
+    span = width = 1
+    height = 8
+    group_size = None
+    rotated = True
+
+    @property
+    def depth(self) -> int:
+        return self.bits
+
+    @property
+    def name(self) -> str:
+        return f"rvq{self.bits}"
+
+    @staticmethod
+    def parse(name: str) -> RVQFormat | None:
+        """``rvq2``; None when the name is of another family."""
+        return RVQFormat(int(m[1])) if (m := _NAME.fullmatch(name)) else None
+
+    def books(self, device: torch.device) -> Tensor:
+        """float32 ``(bits, 256, 8)``, exact in float16."""
+        return _codebooks(self.bits, device)
+
+    def groups(self, columns: int) -> int:
+        return 1
+
+    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        return {}
+
+    # -- codes --------------------------------------------------------------------------------------------------
+
+    def encode(self, values: Tensor, params: Params) -> Tensor:
+        """Codes ``(N / 8 * bits, columns)`` of ``values (N, columns)``."""
+        rows, columns = values.shape
+        vectors = values.float().reshape(-1, self.height, columns).transpose(1, 2).reshape(-1, self.height)
+        books = self.books(values.device)
+        codes = torch.cat([beam_search(part, books, BEAM) for part in vectors.split(_CHUNK)])
+        return codes.view(-1, columns, self.bits).transpose(1, 2).reshape(-1, columns)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        columns = codes.shape[1]
+        stages = codes.view(-1, self.bits, columns).unbind(1)
+        books = self.books(codes.device)
+        vectors = books[0][stages[0].long()]
+        for book, stage in zip(books[1:], stages[1:]):
+            vectors = vectors + book[stage.long()]
+        return vectors.transpose(1, 2).reshape(-1, columns)
+
+    # -- disk ---------------------------------------------------------------------------------------------------
+
+    def storage(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if rows % self.height:
+            raise FormatError(f"N = {rows} is not a multiple of {self.height}, the rows of a vector; give it an "
+                              "integer format")
+        return {"weight_codes": ((rows // self.height, self.bits, columns), torch.uint8)}
+
+    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"weight_codes": codes.reshape(-1, self.bits, codes.shape[1]).contiguous()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
+        (shape, dtype), = self.storage(rows, columns).values()
+        if (packed := tensors.get("weight_codes")) is None:
+            raise FormatError(f"weight_codes: missing, {self.name} needs it; the checkpoint is incomplete")
+        if tuple(packed.shape) != shape or packed.dtype != dtype:
+            raise FormatError(f"weight_codes: got {tuple(packed.shape)} {packed.dtype}, {self.name} needs {shape} "
+                              f"{dtype}")
+        return packed.reshape(-1, columns), {}
+
+
+@functools.lru_cache(maxsize=8)
+def _codebooks(bits: int, device: torch.device) -> Tensor:
+    data = (resources.files("fewbits.quant.formats") / "rvq.safetensors").read_bytes()
+    return load(data)[f"rvq{bits}"].float().to(device)
+
+
+def beam_search(vectors: Tensor, books: Tensor, beam: int) -> Tensor:
+    """Codes uint8 ``(V, stages)`` of ``vectors (V, d)``: entries of ``books (stages, k, d)`` that add up to them.
+
+    After each stage the ``beam`` best partial sums are kept. Then each stage in turn takes the best entry given the
+    others, as long as that changes anything, at most 3 times.
+    """
+    residual, codes = vectors[:, None], torch.empty(len(vectors), 1, 0, dtype=torch.long, device=vectors.device)
+    for book in books:
+        scores = book.square().sum(1) - 2 * residual @ book.T + residual.square().sum(-1, keepdim=True)  # (V, B, k)
+        kept = scores.flatten(1).topk(min(beam, scores[0].numel()), largest=False).indices
+        parent, entry = kept // len(book), kept % len(book)
+        residual = residual.gather(1, parent[..., None].expand(-1, -1, residual.shape[-1])) - book[entry]
+        codes = torch.cat([codes.gather(1, parent[..., None].expand(-1, -1, codes.shape[-1])), entry[..., None]], -1)
+    best = codes[:, 0]  # topk sorts
+    for _ in range(3):
+        before = best.clone()
+        total = torch.stack([book[best[:, m]] for m, book in enumerate(books)]).sum(0)
+        for m, book in enumerate(books):
+            others = total - book[best[:, m]]
+            best[:, m] = (book.square().sum(1) - 2 * (vectors - others) @ book.T).argmin(1)
+            total = others + book[best[:, m]]
+        if torch.equal(best, before):
+            break
+    return best.to(torch.uint8)
