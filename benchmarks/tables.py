@@ -25,9 +25,9 @@ def _quality(rows: list[Row]) -> str:
 
 def _distortion(rows: list[Row]) -> str:
     return _table(
-        ["format", "bits of state", "bits", "squared error", "bound", "gap, dB", "weights/s"],
-        [[r["format"], r["state_bits"], r["bits"], f"{r['error']:.5f}", f"{4.0 ** -r['bits']:.5f}",
-          f"{r['gap_db']:.2f}", f"{r['weights_per_second']:.1e}"] for r in rows],
+        ["format", "bits", "squared error", "bound at these bits", "gap, dB", "weights/s"],
+        [[r["format"], f"{r['bits']:.3f}", f"{r['error']:.5f}", f"{4.0 ** -r['bits']:.5f}", f"{r['gap_db']:.2f}",
+          f"{r['weights_per_second']:.1e}"] for r in rows],
     )
 
 

@@ -1,4 +1,4 @@
-"""Products with weights that are coded jointly (trellis, vectors), and the choice of who computes them.
+"""Products with weights that are coded jointly (trellis, vectors, lattices), and the choice of who computes them.
 
 As torch operators that take flat tensors and the name of a format, ``fewbits::coded_matmul`` and
 ``fewbits::coded_dequantize``, opaque to ``torch.compile`` and CUDA graphs. ``x`` is in the rotated basis already.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,15 +16,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.kernels.cpu import pvq as cpu_pvq
 from fewbits.kernels.cpu import rvq as cpu_rvq
 from fewbits.kernels.cpu import trellis as cpu_trellis
 from fewbits.quant.formats import parse_format
+from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
-from fewbits.quant.types import Format, Segment
+from fewbits.quant.types import Format
 
-CODED = (TrellisFormat, RVQFormat)
-"""Families whose codes are one tensor, rows of tiles first."""
+Operands = list[Tensor]
+"""What kernels read of a weight: see :func:`operands`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of formats is computed.
+
+    Attributes:
+        operands: ``(tensors of a checkpoint, format, rows, columns)`` to what kernels read.
+        shape: ``(operands, format)`` to N and K.
+        decode: ``(operands, format)`` to float32 ``(N, K)``: the truth, in torch.
+        compiled: the same in C, where there is a compiler.
+    """
+
+    operands: Callable[[Mapping[str, Tensor], Any, int, int], Operands]
+    shape: Callable[[Operands, Any], tuple[int, int]]
+    decode: Callable[[Operands, Any], Tensor]
+    compiled: Callable[[Operands, Any], Tensor]
+
+
+def _as_stored(tensors: Mapping[str, Tensor], fmt: Any, rows: int, columns: int) -> Operands:
+    fmt.unpack(tensors, rows, columns)  # raises if they do not fit
+    return [t.contiguous() for t in tensors.values()]
+
+
+def _decode_stored(operands: Operands, fmt: Any) -> Tensor:
+    shape = FAMILIES[type(fmt)].shape(operands, fmt)
+    return fmt.decode(fmt.unpack(dict(zip(fmt.storage(*shape), operands)), *shape)[0], {})
+
+
+def _points(tensors: Mapping[str, Tensor], fmt: PVQFormat, rows: int, columns: int) -> Operands:
+    """Ranks take a walk through a table to decode, so that is done once: a byte a weight from then on."""
+    return [t.contiguous() for t in fmt.pulses(fmt.unpack(tensors, rows, columns)[0])]
+
+
+def _decode_points(operands: Operands, fmt: PVQFormat) -> Tensor:
+    points, scale = operands
+    return (points.float() * scale[..., None]).transpose(1, 2).reshape(-1, points.shape[1])
+
+
+FAMILIES: dict[type, Family] = {
+    TrellisFormat: Family(
+        _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
+        lambda o, f: cpu_trellis.dequantize(o[0], f)),
+    RVQFormat: Family(
+        _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]), _decode_stored,
+        lambda o, f: cpu_rvq.dequantize(o[0], f)),
+    PVQFormat: Family(
+        _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), _decode_points,
+        lambda o, f: cpu_pvq.dequantize(*o)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,14 +84,14 @@ class CodedKernel:
     """One way to compute ``y = x @ W.T``.
 
     Attributes:
-        run: ``(x (M, K), packed, format) -> (M, N)``.
+        run: ``(x (M, K), operands, format) -> (M, N)``.
         family: the formats that it takes; None means any.
         device: type of the device it runs on; None means any.
         max_tokens: largest M it is chosen for; None means any.
         available: whether this machine has what it needs.
     """
 
-    run: Callable[[Tensor, Tensor, Any], Tensor]
+    run: Callable[[Tensor, Operands, Any], Tensor]
     family: type | None
     device: str | None
     max_tokens: int | None
@@ -50,20 +102,20 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton(module: str, name: str) -> Callable[[Tensor, Tensor, Any], Tensor]:
-    def run(x: Tensor, packed: Tensor, fmt: Format) -> Tensor:
+def _triton(module: str, name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
+    def run(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
         # imported here, because Triton is an optional dependency
-        return getattr(importlib.import_module(f"fewbits.kernels.{module}"), name)(x, packed, fmt)
+        return getattr(importlib.import_module(f"fewbits.kernels.{module}"), name)(x, *operands, fmt)
 
     return run
 
 
-def _dense(x: Tensor, packed: Tensor, fmt: Format) -> Tensor:
-    return x.float() @ _dequantize(packed, fmt.name).T
+def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
+    return x.float() @ FAMILIES[type(fmt)].compiled(operands, fmt).T
 
 
-def _reference(x: Tensor, packed: Tensor, fmt: Format) -> Tensor:
-    return x.float() @ decoded(packed, fmt).T
+def _reference(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
+    return x.float() @ FAMILIES[type(fmt)].decode(operands, fmt).T
 
 
 CODED_KERNELS: dict[str, CodedKernel] = {
@@ -71,11 +123,15 @@ CODED_KERNELS: dict[str, CodedKernel] = {
     "triton_trellis_gemm": CodedKernel(_triton("triton_trellis", "gemm"), TrellisFormat, "cuda", None, _has_triton),
     "triton_rvq_gemv": CodedKernel(_triton("triton_rvq", "gemv"), RVQFormat, "cuda", 2, _has_triton),
     "triton_rvq_gemm": CodedKernel(_triton("triton_rvq", "gemm"), RVQFormat, "cuda", None, _has_triton),
-    "cpu_trellis_gemv": CodedKernel(cpu_trellis.gemv, TrellisFormat, "cpu", cpu_trellis.GEMV_TOKENS,
-                                    cpu_trellis.available),
+    "cpu_trellis_gemv": CodedKernel(lambda x, o, f: cpu_trellis.gemv(x, o[0], f), TrellisFormat, "cpu",
+                                    cpu_trellis.GEMV_TOKENS, cpu_trellis.available),
     "cpu_trellis_dense": CodedKernel(_dense, TrellisFormat, "cpu", None, cpu_trellis.available),
-    "cpu_rvq_gemv": CodedKernel(cpu_rvq.gemv, RVQFormat, "cpu", cpu_rvq.GEMV_TOKENS, cpu_rvq.available),
+    "cpu_rvq_gemv": CodedKernel(lambda x, o, f: cpu_rvq.gemv(x, o[0], f), RVQFormat, "cpu", cpu_rvq.GEMV_TOKENS,
+                                cpu_rvq.available),
     "cpu_rvq_dense": CodedKernel(_dense, RVQFormat, "cpu", None, cpu_rvq.available),
+    "cpu_pvq_gemv": CodedKernel(lambda x, o, f: cpu_pvq.gemv(x, *o), PVQFormat, "cpu", cpu_pvq.GEMV_TOKENS,
+                                cpu_pvq.available),
+    "cpu_pvq_dense": CodedKernel(_dense, PVQFormat, "cpu", None, cpu_pvq.available),
     "coded_reference": CodedKernel(_reference, None, None, None, lambda: True),
 }
 """Name -> kernel, in order of preference; the last takes whatever the others do not."""
@@ -89,38 +145,22 @@ def select(fmt: Format, tokens: int, device: str) -> str:
 
 
 _LIB = torch.library.Library("fewbits", "FRAGMENT")
-_LIB.define("coded_matmul(Tensor x, Tensor packed, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIB.define("coded_dequantize(Tensor packed, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("coded_matmul(Tensor x, Tensor[] operands, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("coded_dequantize(Tensor[] operands, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 _format = lru_cache(maxsize=256)(parse_format)
 
 
-def _shape(packed: Tensor, fmt: Format) -> tuple[int, int]:
-    """N and K of packed codes: tiles of rows come first, and columns last or before the words of a tile."""
-    return packed.shape[0] * fmt.height, packed.shape[1 if isinstance(fmt, TrellisFormat) else 2] * fmt.span
-
-
-def decoded(packed: Tensor, fmt: Format) -> Tensor:
-    """float32 ``(N, K)`` by the format's own ``unpack`` and ``decode``."""
-    shape = _shape(packed, fmt)
-    (name,) = fmt.storage(*shape)
-    return Segment(fmt, *fmt.unpack({name: packed}, *shape)).dequantize()
-
-
-def _dequantize(packed: Tensor, format: str) -> Tensor:
-    fmt = _format(format)
-    if packed.device.type == "cpu":
-        if isinstance(fmt, TrellisFormat) and cpu_trellis.available():
-            return cpu_trellis.dequantize(packed.contiguous(), fmt)
-        if isinstance(fmt, RVQFormat) and cpu_rvq.available():
-            return cpu_rvq.dequantize(packed.contiguous(), fmt)
-    return decoded(packed, fmt)
-
-
-def _matmul(x: Tensor, packed: Tensor, format: str) -> Tensor:
+def _matmul(x: Tensor, operands: Operands, format: str) -> Tensor:
     flat, fmt = x.reshape(-1, x.shape[-1]).contiguous(), _format(format)
-    y = CODED_KERNELS[select(fmt, len(flat), x.device.type)].run(flat, packed.contiguous(), fmt)
+    y = CODED_KERNELS[select(fmt, len(flat), x.device.type)].run(flat, operands, fmt)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _dequantize(operands: Operands, format: str) -> Tensor:
+    fmt = _format(format)
+    compiled = select(fmt, 1 << 30, operands[0].device.type).startswith("cpu")
+    return (FAMILIES[type(fmt)].compiled if compiled else FAMILIES[type(fmt)].decode)(operands, fmt)
 
 
 _LIB.impl("coded_matmul", _matmul, "CompositeExplicitAutograd")
@@ -128,13 +168,15 @@ _LIB.impl("coded_dequantize", _dequantize, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fewbits::coded_matmul", lib=_LIB)
-def _fake_matmul(x: Tensor, packed: Tensor, format: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _shape(packed, _format(format))[0]))
+def _fake_matmul(x: Tensor, operands: Operands, format: str) -> Tensor:
+    fmt = _format(format)
+    return x.new_empty((*x.shape[:-1], FAMILIES[type(fmt)].shape(operands, fmt)[0]))
 
 
 @torch.library.register_fake("fewbits::coded_dequantize", lib=_LIB)
-def _fake_dequantize(packed: Tensor, format: str) -> Tensor:
-    return packed.new_empty(_shape(packed, _format(format)), dtype=torch.float32)
+def _fake_dequantize(operands: Operands, format: str) -> Tensor:
+    fmt = _format(format)
+    return operands[0].new_empty(FAMILIES[type(fmt)].shape(operands, fmt), dtype=torch.float32)
 
 
 _MATMUL = torch.ops.fewbits.coded_matmul.default
@@ -145,24 +187,33 @@ class _Differentiable(torch.autograd.Function):
     """The product with a gradient for ``x`` alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, format: str) -> Tensor:
-        ctx.save_for_backward(packed)
+    def forward(ctx, x: Tensor, format: str, *operands: Tensor) -> Tensor:
+        ctx.save_for_backward(*operands)
         ctx.format = format
-        return _MATMUL(x, packed, format)
+        return _MATMUL(x, list(operands), format)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (packed,) = ctx.saved_tensors
-        return (grad.float() @ _DEQUANTIZE(packed, ctx.format)).to(grad.dtype), None, None
+        weight = _DEQUANTIZE(list(ctx.saved_tensors), ctx.format)
+        return (grad.float() @ weight).to(grad.dtype), None, *(None for _ in ctx.saved_tensors)
 
 
-def matmul(x: Tensor, packed: Tensor, fmt: Format) -> Tensor:
-    """``x (..., K)`` times the packed codes of a weight ``(N, K)``: ``(..., N)`` in the dtype of ``x``."""
+def is_coded(fmt: Format) -> bool:
+    return type(fmt) in FAMILIES
+
+
+def operands(fmt: Format, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Operands:
+    """What the kernels read, from the tensors of a checkpoint; raises FormatError when they do not fit."""
+    return FAMILIES[type(fmt)].operands(tensors, fmt, rows, columns)
+
+
+def matmul(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
+    """``x (..., K)`` times the weight: ``(..., N)`` in the dtype of ``x``."""
     if x.requires_grad and torch.is_grad_enabled():
-        return _Differentiable.apply(x, packed, fmt.name)
-    return _MATMUL(x, packed, fmt.name)
+        return _Differentiable.apply(x, fmt.name, *operands)
+    return _MATMUL(x, operands, fmt.name)
 
 
-def dequantize(packed: Tensor, fmt: Format) -> Tensor:
+def dequantize(operands: Operands, fmt: Format) -> Tensor:
     """float32 ``(N, K)`` in the rotated basis: exactly what the stored codes mean."""
-    return _DEQUANTIZE(packed, fmt.name)
+    return _DEQUANTIZE(operands, fmt.name)

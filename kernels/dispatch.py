@@ -42,6 +42,7 @@ class Prepared:
         tensors: the tensors of the checkpoint, shared and not copied.
         operands: for integer formats ``packed`` (shared with ``tensors``), ``scale`` and ``zero`` in the layout that
             the device reads best; None for the other formats.
+        coded: for formats that code jointly, what their kernels read.
     """
 
     format: Format
@@ -49,6 +50,7 @@ class Prepared:
     columns: int
     tensors: Mapping[str, Tensor]
     operands: Operands | None
+    coded: coded.Operands | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _select(bits: int, tokens: int, device: str) -> tuple[str, Kernel]:
 
 def select_kernel(format: Format, M: int, device: torch.device) -> str:
     """Name of the kernel that multiplies ``M`` tokens by a weight of this format on this device."""
-    if isinstance(format, coded.CODED):
+    if coded.is_coded(format):
         return coded.select(format, M, device.type)
     if not isinstance(format, IntFormat):
         return "reference"
@@ -196,6 +198,9 @@ def prepare(fmt: Format, tensors: Mapping[str, Tensor], rows: int, columns: int)
         FormatError: a tensor is missing, or has the wrong shape or dtype.
     """
     names = list(fmt.storage(rows, columns))
+    if coded.is_coded(fmt):
+        shared = {n: tensors[n] for n in names if n in tensors}
+        return Prepared(fmt, rows, columns, shared, None, coded.operands(fmt, shared, rows, columns))
     if not isinstance(fmt, IntFormat):
         fmt.unpack(tensors, rows, columns)  # raises if they do not fit
         return Prepared(fmt, rows, columns, {n: tensors[n] for n in names}, None)
@@ -233,9 +238,8 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
         raise ValueError(f"x: got {x.shape[-1]} columns, the weight needs {prepared.columns}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x: got {x.dtype}, needed float32, bfloat16 or float16; cast it with x.float()")
-    if isinstance(prepared.format, coded.CODED):
-        (packed,) = prepared.tensors.values()
-        return coded.matmul(x, packed, prepared.format)
+    if prepared.coded is not None:
+        return coded.matmul(x, prepared.coded, prepared.format)
     if prepared.operands is None:
         return (x.float() @ dequantize(prepared).T).to(x.dtype)
     packed, scale, zero = prepared.operands
@@ -247,9 +251,8 @@ def matmul(x: Tensor, prepared: Prepared) -> Tensor:
 
 def dequantize(prepared: Prepared) -> Tensor:
     """float32 ``(N, K)``: exactly what the stored codes mean."""
-    if isinstance(prepared.format, coded.CODED):
-        (packed,) = prepared.tensors.values()
-        return coded.dequantize(packed, prepared.format)
+    if prepared.coded is not None:
+        return coded.dequantize(prepared.coded, prepared.format)
     if prepared.operands is None:
         segment = Segment(prepared.format, *prepared.format.unpack(prepared.tensors, prepared.rows, prepared.columns))
         return segment.dequantize()

@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from fewbits.quant.errors import FormatError, RecipeError, nearest
 from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.types import Layout, Quantizer
@@ -55,8 +54,8 @@ Bits = Annotated[int | float, pydantic.PlainValidator(_bits, json_schema_input_t
 class Weights(_Table):
     """Which format weights get."""
 
-    family: Literal["int", "trellis", "rvq"] = Field(
-        "int", description="integers, or codes of rotated weights: trellis, residual vectors"
+    family: Literal["int", "trellis", "rvq", "pvq"] = Field(
+        "int", description="integers, or codes of rotated weights: trellis, residual vectors, pyramid vectors"
     )
     bits: Bits = Field(4, description="of a code; trellis: 1 to 4, also in steps of a half")
     group_size: Annotated[int, Field(ge=1)] | Literal["auto", "row"] = Field(
@@ -72,8 +71,8 @@ class Weights(_Table):
     def _possible(self) -> Weights:
         if self.family == "trellis" and self.bits > 4:
             raise ValueError(f"got {self.bits} bits, trellis codes have 1 to 4; set format.family = 'int'")
-        if self.family == "rvq" and self.bits not in (2, 3, 4):
-            raise ValueError(f"got {self.bits} bits, residual vectors have 2, 3 or 4; set format.family = 'trellis'")
+        if self.family in ("rvq", "pvq") and self.bits not in (2, 3, 4):
+            raise ValueError(f"got {self.bits} bits, {self.family} has 2, 3 or 4; set format.family = 'trellis'")
         if self.family == "int" and self.bits % 1:
             raise ValueError(f"got {self.bits} bits, integers have 1 to 8 whole ones; give a budget, --bpw {self.bits}")
         return self
@@ -82,8 +81,8 @@ class Weights(_Table):
         """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
         if self.family == "trellis":
             layout = trellis_layout(self.bits, self.state_bits, columns)
-        elif self.family == "rvq":
-            layout = Layout.of(RVQFormat(int(self.bits)), columns)
+        elif self.family != "int":
+            layout = Layout.of(parse_format(f"{self.family}{self.bits}"), columns)
         else:
             if self.group_size == "auto":
                 group: int | None = min(columns & -columns, MAX_AUTO_GROUP)

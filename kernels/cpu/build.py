@@ -68,6 +68,10 @@ LIBRARIES = {
         "fewbits_rvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
         "fewbits_rvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
     }, flags=("-ffp-contract=off",)),  # whether sums are contracted would depend on the number of tokens
+    "pvq_matmul": Library("layers of pyramid vectors run in plain torch, several times slower", {
+        "fewbits_pvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
+        "fewbits_pvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT],
+    }, flags=("-ffp-contract=off",)),
 }
 """Name of a C file in this folder -> what it holds."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fewbits.quant.errors import FormatError, nearest
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
 from fewbits.quant.types import Format, Layout
@@ -15,6 +16,7 @@ FORMATS: dict[str, Callable[[str], Format | None]] = {
     "int": IntFormat.parse,
     "trellis": TrellisFormat.parse,
     "rvq": RVQFormat.parse,
+    "pvq": PVQFormat.parse,
 }
 """Family -> parser of a format name (None when the name is not of that family)."""
 
@@ -32,7 +34,7 @@ def parse_format(name: str) -> Format:
 
 
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
-EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"rvq{b}" for b in range(2, 5)]
+EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"{f}{b}" for f in ("rvq", "pvq") for b in range(2, 5)]
 
 
 _SORTED, _ROTATED = "perm:", "had:"

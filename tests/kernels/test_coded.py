@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fewbits.kernels import coded
-from fewbits.kernels.coded import CODED_KERNELS
-from fewbits.kernels.cpu import rvq, trellis
+from fewbits.kernels.coded import CODED_KERNELS, FAMILIES
+from fewbits.kernels.cpu import trellis
 from fewbits.kernels.linear import PackedMatrix, QuantLinear
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import parse_format, parse_layout
@@ -19,16 +18,14 @@ from fewbits.quant.quantizers import RTN
 from fewbits.quant.types import Format
 
 SHAPES = [(32, 8), (96, 72), (64, 264)]
-NAMES = ["trellis1_l16", "trellis2_l11", "trellis3", "trellis4_l16", "rvq2", "rvq3", "rvq4"]
+NAMES = ["trellis1_l16", "trellis2_l11", "trellis3", "trellis4_l16", "rvq2", "rvq3", "rvq4", "pvq2", "pvq3", "pvq4"]
 
 
-def packed(fmt: Format, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Random codes as they are stored, and the float64 weight that they mean."""
-    draw = torch.Generator().manual_seed(rows)
-    shape = rows // fmt.height * fmt.depth, columns // fmt.span * fmt.width
-    codes = torch.randint(0, 1 << fmt.code_bits, shape, generator=draw, dtype=torch.uint8)
-    (stored,) = fmt.pack(codes, {}).values()
-    return stored, fmt.decode(codes, {}).double()
+def packed(fmt: Format, rows: int, columns: int) -> tuple[coded.Operands, Tensor]:
+    """Of normal values: what kernels read, and the float64 weight that it means."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    codes = fmt.encode(values, {})
+    return coded.operands(fmt, fmt.pack(codes, {}), rows, columns), fmt.decode(codes, {}).double()
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -47,7 +44,7 @@ def test_matches_the_format(name: str, kernel: str, dtype: torch.dtype) -> None:
         stored, weight = packed(fmt, rows, columns)
         for tokens in (1, 17) if slow else (1, 2, 3, 7, 33):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-            y = found.run(x, stored.to(device), fmt).cpu().double()
+            y = found.run(x, [t.to(device) for t in stored], fmt).cpu().double()
             exact = x.cpu().double() @ weight.T
             terms = x.cpu().double().abs() @ weight.abs().T
             # of weights and outputs; Triton's interpreter cuts bfloat16 off instead of rounding it
@@ -64,25 +61,24 @@ def test_split_columns_add_up(family: str, name: str) -> None:
     words, weight = packed(fmt, 64, 264)
     x = torch.randn(2, 264)
     for split in (1, 2, 3):
-        y = getattr(kernels, name)(x, words, fmt, split)
+        y = getattr(kernels, name)(x, *words, fmt, split)
         torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not trellis.available(), reason="no C compiler")
 @pytest.mark.parametrize("name", [*NAMES, "trellis1_l10", "trellis4_l10"])
 def test_compiled_rows_are_exact_and_do_not_depend_on_threads(name: str) -> None:
-    fmt: Any = parse_format(name)
-    compiled: Any = rvq if name.startswith("rvq") else trellis
+    fmt = parse_format(name)
     stored, weight = packed(fmt, 96, 72)
-    assert torch.equal(compiled.dequantize(stored, fmt).double(), weight)
-    x = torch.randn(5, 72)
-    one = compiled.gemv(x, stored, fmt)
+    assert torch.equal(FAMILIES[type(fmt)].compiled(stored, fmt).double(), weight)
+    kernel, x = CODED_KERNELS[coded.select(fmt, 1, "cpu")], torch.randn(5, 72)
+    one = kernel.run(x, stored, fmt)
     torch.set_num_threads(2)
-    assert torch.equal(compiled.gemv(x, stored, fmt), one)
-    assert torch.equal(compiled.gemv(x[2:3], stored, fmt), one[2:3])
+    assert torch.equal(kernel.run(x, stored, fmt), one)
+    assert torch.equal(kernel.run(x[2:3], stored, fmt), one[2:3])
 
 
-@pytest.mark.parametrize("name", ["trellis2", "rvq2"])
+@pytest.mark.parametrize("name", ["trellis2", "rvq2", "pvq2"])
 def test_the_operator_is_opaque_and_has_a_gradient(name: str) -> None:
     fmt = parse_format(name)
     stored, weight = packed(fmt, 64, 72)
@@ -94,7 +90,7 @@ def test_the_operator_is_opaque_and_has_a_gradient(name: str) -> None:
     torch.testing.assert_close(x.grad.double(), weight.sum(0).expand(2, 3, -1), rtol=1e-4, atol=1e-4)
 
 
-LAYOUTS = ["trellis2", "rvq3", "trellis2[32]+trellis3[64]", "had:int4_g32", "perm:trellis4"]
+LAYOUTS = ["trellis2", "rvq3", "pvq2", "trellis2[32]+trellis3[64]", "had:int4_g32", "perm:trellis4"]
 
 
 def linear(name: str, dtype: torch.dtype = torch.float32) -> tuple[QuantLinear, Tensor]:

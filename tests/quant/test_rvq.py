@@ -114,5 +114,5 @@ def test_from_a_recipe_to_logits(tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"format.bits": 5}, {"format.bits": 2.5}])
 def test_bits_that_it_has_not(tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="residual vectors have 2, 3 or 4"):
+    with pytest.raises(ValueError, match="rvq has 2, 3 or 4"):
         fewbits.quantize(tiny("llama"), tmp_path / "q", recipe="rvq", overrides=SETTINGS | settings)
