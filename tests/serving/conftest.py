@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fewbits.quant.bitpack import pack_rows, unpack_rows
 from fewbits.quant.formats import parse_layout
+from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.targets import find_targets, read_weight
-from fewbits.quant.types import Layout, QuantizedTensor, Segment
+from fewbits.quant.types import Layout, QuantizedTensor
 
 
 def round_to_nearest(weight: Tensor, layout: Layout) -> QuantizedTensor:
@@ -24,14 +26,8 @@ def round_to_nearest(weight: Tensor, layout: Layout) -> QuantizedTensor:
     if layout.permuted:
         order = torch.randperm(layout.columns, generator=torch.Generator().manual_seed(layout.columns))
         weight = weight[:, order]
-    segments, start = [], 0
-    for fmt, columns in layout.runs:
-        groups = weight[:, start : start + columns].float().reshape(weight.shape[0], fmt.groups(columns), -1)
-        params = fmt.fit(groups, None)
-        codes = fmt.encode(groups, {k: v.unsqueeze(-1) for k, v in params.items()})
-        segments.append(Segment(fmt, codes.view(weight.shape[0], -1), params))
-        start += columns
-    return QuantizedTensor((weight.shape[0], weight.shape[1]), tuple(segments), order)
+    made, _ = RTN().quantize(weight, None, dataclasses.replace(layout, permuted=False))
+    return dataclasses.replace(made, permutation=order)
 
 
 def quantize(

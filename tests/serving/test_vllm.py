@@ -266,6 +266,9 @@ CHECKPOINTS = {
     "mixed": ("llama", {f"{_ATTN}.q_proj": "int3_g32", f"{_ATTN}.v_proj": "int8_sym_row",
                         "model.layers.1.mlp.down_proj": "int2_g16_f32", "model.layers.1.self_attn.o_proj": "int1_g32"}),
     "table": ("llama-tied", {"model.embed_tokens": "int8_g32"}),
+    "rotated": ("llama", {f"{_ATTN}.q_proj": "trellis2", f"{_ATTN}.k_proj": "trellis2", f"{_ATTN}.v_proj": "rvq3",
+                          "model.layers.1.mlp.down_proj": "pvq2", "model.layers.0.mlp.up_proj": "had:int3_g32",
+                          "model.layers.1.self_attn.o_proj": "trellis2[64]+trellis3[64]"}),
 }
 
 
