@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.gptq import reverse_cholesky, revived
-from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats
+from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats, rotated_back
 from fewbits.quant.types import LayerStats, Layout, Segment, natural_columns
 
 SAMPLED_ROWS = 128
@@ -85,12 +85,12 @@ class _Rotated:
 
     Attributes:
         rows: some rows as they are coded, ``(32, K)``.
-        conditional: ``D (K,)`` of the rotated inputs, in the order in which columns are coded.
+        factor: ``R (K, K)`` of the Hessian of the rotated inputs, ``H = R R^T``.
         out_scale: ``(N,)``: errors in row i are larger by it once they are rotated back.
     """
 
     rows: Tensor
-    conditional: Tensor
+    factor: Tensor
     out_scale: Tensor
 
     @staticmethod
@@ -100,19 +100,24 @@ class _Rotated:
         inputs, order = rotate_stats(stats, rotation), torch.arange(weight.shape[1])
         lower, _ = reverse_cholesky(inputs.xtx, max(stats.n_tokens, 1), order, damp)
         rows = rotate(weight, rotation)[:ROTATED_ROWS]
-        return _Rotated(rows, lower.diagonal().flip(0).square(), rotation.out_scale.float())
+        return _Rotated(rows, lower.flip(0, 1), rotation.out_scale.float())
 
     def damage(self, layout: Layout, c: Tensor) -> float:
-        """``1/2 sum_i c_i out_i^2 sum_j D_j E[e_j^2]``."""
-        error = (self.rows - rounded(self.rows, None, layout)).square().mean(0)
-        return 0.5 * float(c @ self.out_scale.square()) * float(error @ self.conditional)
+        """``1/2 sum_i c_i out_i^2 sum_j D_j E[e_j^2]``; of columns coded jointly, D is the diagonal of a block."""
+        spans = [fmt.span for fmt, columns in layout.runs for _ in range(columns // fmt.span)]
+        conditional, i = torch.empty(len(self.factor)), 0
+        for span in spans:
+            own = slice(i, i + span)
+            conditional[own] = self.factor[own, own].square().sum(1)
+            i += span
+        error = (self.rows - _nearest(self.rows, None, layout)).square().mean(0)
+        return 0.5 * float(c @ self.out_scale.square()) * float(error @ conditional)
 
 
 def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
     """``weight (N, K)`` rounded to the nearest values of a layout, its grid fitted as the quantizers fit it.
 
-    A rotated one takes what is in its basis already. Without ``importance`` there is nothing to sort columns by: they
-    stay as they come.
+    Without ``importance`` there is nothing to sort columns by: they stay as they come.
     """
     if layout.permuted:
         plain = dataclasses.replace(layout, permuted=False)
@@ -120,6 +125,14 @@ def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor
             return rounded(weight, None, plain)
         order = torch.argsort(importance, descending=True, stable=True)
         return natural_columns(rounded(weight[:, order], importance[order], plain), order)
+    if layout.rotated:
+        rotation = choose_rotation(weight, None, seed=0)
+        return rotated_back(_nearest(rotate(weight, rotation), None, layout), rotation)
+    return _nearest(weight, importance, layout)
+
+
+def _nearest(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
+    """The nearest values of the runs of a layout, in whatever order and basis ``weight`` is."""
     runs = []
     for (fmt, columns), params, start in fit_layout(weight, importance, layout):
         runs.append(Segment.nearest(fmt, weight[:, start : start + columns], params).dequantize())

@@ -135,7 +135,9 @@ def weights(job: Survey) -> Losses:
     for block in job.streamed.blocks():
         for target in block.targets:
             if target.name in job.menu:
-                w = sample_rows(block.weights[target.name])
+                whole = block.weights[target.name].float()
+                mixed = any(layout.rotated for layout in job.menu[target.name].values())  # its rows cannot be sampled
+                w = whole if mixed else sample_rows(whole)
                 power = float(w.square().sum().clamp(min=1e-30))
                 out[target.name] = {
                     e: target.shape[0] * target.shape[1] * float((w - rounded(w, None, own)).square().sum()) / power

@@ -25,8 +25,8 @@ def search(values: Tensor, codebook: Tensor, code_bits: int) -> Tensor:
     Args:
         codebook: float32 ``(2 ** state_bits,)``.
     """
-    if values.device.type == "cpu" and values.shape[1] == compiled.TILE and compiled.can_search():
-        return compiled.search(values, codebook, code_bits)
+    if values.shape[1] == compiled.TILE and compiled.can_search():  # faster than torch on any device
+        return compiled.search(values.cpu(), codebook.cpu(), code_bits).to(values.device)
     edges = len(codebook) >> code_bits
     step = max(1, CHUNK_BYTES // (4 * edges * (values.shape[1] + 1)))
     return torch.cat([_search(rows, codebook, code_bits) for rows in values.split(step)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fewbits
+from fewbits.calibration.feedback import feedback_damage, rounded
 from fewbits.kernels.cpu import trellis as compiled
 from fewbits.quant import viterbi
 from fewbits.quant.errors import FewbitsError, FormatError
@@ -188,6 +189,17 @@ def test_a_row_factor_that_is_fitted_afterwards_never_hurts() -> None:
     with_cross = LayerStats(stats.xtx, stats.n_tokens, torch.zeros(64, 64))  # QEP's targets are other weights: no fit
     plain, _ = GPTQ().quantize(weight, with_cross, layout)
     assert proxy_loss(weight, fitted, stats)[0] < proxy_loss(weight, plain, stats)[0]
+
+
+@pytest.mark.parametrize("name", ["trellis2", "rvq2", "had:int3_g64", "trellis2[128]+trellis3[128]"])
+def test_what_it_will_lose_is_foreseen(name: str) -> None:
+    weight, stats, layout = normal(128, 256) * normal(128, 1).exp(), statistics(256), parse_layout(name, 256)
+    made, _ = GPTQ().quantize(weight, stats, layout)
+    (foreseen,) = feedback_damage(weight, stats, [layout], None)
+    # these inputs are so correlated that feedback makes what is coded much wider than what was sampled
+    assert 0.6 < foreseen / (0.5 * proxy_loss(weight, made, stats)[0]) < 1.4
+    weights = rounded(weight, None, layout)
+    assert float((weights - weight).square().sum() / weight.square().sum()) < 0.12
 
 
 @pytest.mark.parametrize("what", ["missing", "shape", "dtype", "zero", "nan"])
