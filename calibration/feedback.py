@@ -97,7 +97,7 @@ class _Rotated:
     def of(weight: Tensor, stats: LayerStats, damp: float) -> _Rotated:
         weight = weight.float().masked_fill(stats.xtx.diagonal() <= 0, 0)
         rotation = choose_rotation(weight, stats, seed=0)
-        inputs, order = rotate_stats(stats, rotation), torch.arange(weight.shape[1])
+        inputs, order = rotate_stats(stats, rotation), torch.arange(weight.shape[1], device=weight.device)
         lower, _ = reverse_cholesky(inputs.xtx, max(stats.n_tokens, 1), order, damp)
         rows = rotate(weight, rotation)[:ROTATED_ROWS]
         return _Rotated(rows, lower.flip(0, 1), rotation.out_scale.float())
@@ -105,7 +105,7 @@ class _Rotated:
     def damage(self, layout: Layout, c: Tensor) -> float:
         """``1/2 sum_i c_i out_i^2 sum_j D_j E[e_j^2]``; of columns coded jointly, D is the diagonal of a block."""
         spans = [fmt.span for fmt, columns in layout.runs for _ in range(columns // fmt.span)]
-        conditional, i = torch.empty(len(self.factor)), 0
+        conditional, i = torch.empty_like(self.factor[0]), 0
         for span in spans:
             own = slice(i, i + span)
             conditional[own] = self.factor[own, own].square().sum(1)

@@ -79,21 +79,21 @@ def choose_rotation(weight: Tensor, stats: LayerStats | None, seed: int) -> Rota
     Once rotated, all entries of a block of rows and of columns have one variance, and the error that a code makes of
     them is in proportion to ``|W / (out in^T)|^2 (sum_k H_kk in_k^2) (sum_n out_n^2)``. The inequality of Cauchy and
     Schwarz gives the least of it: ``out_n = |w_n|^(1/2)``, ``in_k = (|w_k|^2 / H_kk)^(1/4)``. That is before error
-    feedback, which spends the error where ``H`` is small anyway: half the exponent of ``in`` is better on every
-    real matrix tried.
+    feedback, which spends the error where ``H`` is small anyway: with half the exponent of ``in`` all five matrices of
+    SmolLM2-135M that were tried lost 1 to 6 % less than without it, with all of it up to 6 % more.
 
     Signs are drawn by ``seed`` and K alone for the columns, so that all weights that read one input share them.
     """
     rows, columns = weight.shape
-    signs = [_signs(n, seed + salt) for n, salt in ((columns, 0), (rows, 1))]
+    signs = [_signs(n, seed + salt).to(weight.device) for n, salt in ((columns, 0), (rows, 1))]
     out_scale = _clamped(weight.square().sum(1).pow(1 / 4))
     power = (weight / out_scale[:, None]).square().sum(0)
-    curvature = torch.ones(columns) if stats is None else stats.hessian.diagonal()
+    curvature = torch.ones_like(power) if stats is None else stats.hessian.diagonal()
     in_scale = _clamped((power / (curvature + 0.01 * curvature.mean()).clamp(min=1e-30)).pow(1 / 8))
     in_scale = (in_scale / in_scale.log().mean().exp() * signs[0]).half()
     # Orthonormal transforms keep the sum of squares, so the size of what is coded is known before it is made.
     size = (weight / out_scale[:, None] / in_scale.float()).square().mean().sqrt().clamp(min=1e-12)
-    return Rotation(in_scale, _storable(out_scale * size * signs[1]), block_size(rows))
+    return Rotation(in_scale, storable(out_scale * size * signs[1]), block_size(rows))
 
 
 def _signs(n: int, seed: int) -> Tensor:
@@ -109,7 +109,8 @@ def _clamped(scale: Tensor) -> Tensor:
     return scale.clamp(mean / SCALE_RANGE, mean * SCALE_RANGE)
 
 
-def _storable(scale: Tensor) -> Tensor:
+def storable(scale: Tensor) -> Tensor:
+    """A scale with signs in float16, none of it 0; raises FormatError where that cannot hold it."""
     limits = torch.finfo(torch.float16)
     if bool((scale.abs() > limits.max).any()):
         raise FormatError(f"weight_out_scale: got {float(scale.abs().max()):.3g}, float16 holds at most "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats
+from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats, storable
 from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, Rotation
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
@@ -77,5 +77,5 @@ def _refit_rows(weight: Tensor, made: QuantizedTensor, rotation: Rotation, stats
     outputs = q @ stats.xtx
     power = (outputs * q).sum(1)
     factor = ((outputs * weight).sum(1) / power).where(power > 0, torch.ones_like(power)).clamp(0.5, 2)
-    out_scale = (rotation.out_scale.float() * factor).half()
+    out_scale = storable(rotation.out_scale.float() * factor)
     return dataclasses.replace(made, rotation=dataclasses.replace(rotation, out_scale=out_scale))

@@ -78,7 +78,7 @@ class GPTQ:
         diagonal = stats.xtx.diagonal() / stats.n_tokens
         dead, importance = diagonal <= 0, revived(diagonal)
         joint = any(fmt.span > 1 for fmt, _ in layout.runs)  # columns that are coded jointly stay side by side
-        order = torch.arange(len(dead))
+        order = torch.arange(len(dead), device=dead.device)
         if self.act_order and not joint:
             order = torch.argsort(importance, descending=True, stable=True)
         correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
