@@ -21,7 +21,7 @@ from fewbits.calibration.feedback import (
 from fewbits.calibration.meter import KLMeter
 from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.targets import as_matrix, find_targets, read_weight
-from fewbits.quant.types import Layout
+from fewbits.quant.types import Layout, nominal_bits
 
 CURVATURE_ROWS, GRADIENT_ROWS = 16, 8
 """Calibration rows that gradients are taken over: changes numbers by their noise."""
@@ -125,8 +125,8 @@ def baq_within(job: Survey) -> Losses:
 
 
 def _width(layout: Layout) -> float:
-    """Bits of a code of an entry of a menu, on average: it has one width, whatever its groups are, or half a bit."""
-    return sum(fmt.code_bits * n for fmt, n in layout.runs) / layout.columns
+    """Bits of codes for each weight of an entry of a menu, whatever its groups are."""
+    return sum(nominal_bits(fmt) * n for fmt, n in layout.runs) / layout.columns
 
 
 def weights(job: Survey) -> Losses:

@@ -91,6 +91,11 @@ class Format(Protocol):
         ...
 
 
+def nominal_bits(fmt: Format) -> float:
+    """Bits of codes for each weight; stored bits are more. Only models of widths may ask for it."""
+    return fmt.code_bits * fmt.depth * fmt.width / (fmt.height * fmt.span)
+
+
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Local tensor name -> shape and dtype of what is stored."""
 

@@ -23,6 +23,7 @@ class Engine:
 
     Attributes:
         menu: formats offered where the user names none; ``int4`` takes the group size auto.
+        coded: formats of rotated weights that are offered too.
         fused: linears that read one input, and all experts of a layer, must share one format.
         bits, groups: legal ones (None: any); ``groups`` has None for one group per row.
         symmetric: bits at which only symmetric formats are read.
@@ -32,6 +33,7 @@ class Engine:
     """
 
     menu: tuple[str, ...]
+    coded: tuple[str, ...] = ()
     fused: bool = False
     bits: tuple[int, ...] | None = None
     groups: tuple[int | None, ...] | None = None
@@ -57,10 +59,11 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {
-    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"), outside=True, runs=True),
+    "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"),
+                      ("trellis1", "trellis2", "trellis3", "trellis4"), outside=True, runs=True),
     "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=(2, 4, 8)),
-    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8)),
-    "sglang": Engine(("int4_sym", "int8_sym"), True, (4, 8), (None, 32, 64, 128), (4, 8)),
+    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), (), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8)),
+    "sglang": Engine(("int4_sym", "int8_sym"), (), True, (4, 8), (None, 32, 64, 128), (4, 8)),
     # offered are the formats that take as many bytes there as here; larger groups and zero points take more
     "llama.cpp": Engine(
         ("int2_sym_g256", "int4_sym_g32", "int5_sym_g32", "int8_sym_g32"), bits=(2, 4, 5, 8), symmetric=(2, 8),
@@ -82,7 +85,7 @@ class Unit:
     """Tensors, or one group of their columns, that get one entry of the menu together.
 
     Attributes:
-        costs: bytes of the codes and parameters of all of them, per entry.
+        costs: bytes of all of them that depend on the entry: codes, parameters and scales of rotations.
         columns: first column of the group, and the one after its last; None: all columns.
     """
 
@@ -95,6 +98,10 @@ class Unit:
         """What of a tensor's layout belongs to this unit. At one width throughout there is no reason to sort."""
         return dataclasses.replace(layout, permuted=False) if self.columns is None else layout.cut(*self.columns)
 
+    def bytes_of(self, layout: Layout, rows: int) -> int:
+        part = self.part(layout)
+        return part.stored_bytes(rows) if self.columns is None else nbytes(part.codes_storage(rows))
+
 
 def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, Layout]]:
     """Layouts for each linear that the recipe quantizes; one that a rule gives a format has no other.
@@ -105,7 +112,7 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, L
         RecipeError: the engine does not read a format that was asked for, or nothing is left to choose from.
         FormatError: no format of the menu fits a tensor.
     """
-    wanted = recipe.allocate.formats or list(ENGINES[recipe.allocate.target].menu)
+    wanted = recipe.allocate.formats or _offered(recipe.allocate)
     out: dict[str, dict[str, Layout]] = {}
     for name, target in streamed.targets.items():
         if streamed.block_index(name) is None or target.kind == "embedding":
@@ -127,6 +134,13 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, L
         if entries:
             out[name] = entries
     return out
+
+
+def _offered(want: Allocate) -> list[str]:
+    """The menu where the user names none. Damage models that know widths alone cannot tell families apart."""
+    engine = ENGINES[want.target]
+    coded = engine.coded if in_nats(want.damage) and want.unit != "columns" else ()
+    return [*coded, *engine.menu]
 
 
 def _outside(recipe: Recipe, streamed: StreamedModel) -> list[str]:
@@ -208,7 +222,7 @@ def require_readable(layouts: Mapping[str, Layout], want: Allocate) -> None:
 
 
 def _unreadable(flag: str, name: str, layout: Layout, want: Allocate) -> RecipeError:
-    menu = ", ".join(ENGINES[want.target].menu)
+    menu = ", ".join(_offered(want))
     whole = ", for whole tensors; set allocate.unit = 'tensor'" if layout.permuted or len(layout.runs) > 1 else ""
     return RecipeError(f"{flag}: {want.target} does not read {layout_name(layout)} ({name}); it reads {menu}{whole}")
 
@@ -258,7 +272,7 @@ def build_units(menu: Menu, streamed: StreamedModel, groups: Sequence[Sequence[s
         rows = {n: streamed.targets[n].shape[0] for n in names}
         for columns in _column_units(menu[names[0]][entries[0]], recipe.allocate.column_group):
             unit = Unit(tuple(names), entries, (), columns)
-            costs = (sum(nbytes(unit.part(menu[n][e]).codes_storage(r)) for n, r in rows.items()) for e in entries)
+            costs = (sum(unit.bytes_of(menu[n][e], r) for n, r in rows.items()) for e in entries)
             units.append(dataclasses.replace(unit, costs=tuple(costs)))
     return units
 

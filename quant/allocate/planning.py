@@ -28,7 +28,7 @@ from fewbits.quant.formats import layout_name
 from fewbits.quant.plan import Assignment, assign, totals
 from fewbits.quant.prepare import load_text
 from fewbits.quant.recipe import Budget, Recipe
-from fewbits.quant.types import Layout
+from fewbits.quant.types import Layout, nominal_bits
 
 PLAN_VERSION = 1
 UNIFORM = "uniform"
@@ -256,7 +256,7 @@ class Planner:
         return costs[max(fits)] if (fits := [c for c in costs if c <= spare]) else None
 
     def _prior(self, chosen: Assignment) -> Prediction:
-        runs = [(chosen.targets[n].shape[0] * columns, fmt.code_bits)
+        runs = [(chosen.targets[n].shape[0] * columns, nominal_bits(fmt))
                 for n, layout in chosen.layouts.items() for fmt, columns in layout.runs]
         return prior(sum(weights for weights, _ in runs), None, runs)
 

@@ -116,7 +116,7 @@ def _facts(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "budget, message",
-    [({"bpw": 1.0}, "smallest that is reachable is [23]"), ({"bpw_total": 2.0}, "smallest that is reachable is [23]"),
+    [({"bpw": 1.0}, "smallest that is reachable is 1.5"), ({"bpw_total": 1.5}, "smallest that is reachable is [12]"),
      ({"size": 1000}, "smallest that is reachable is [0-9]{5,}"),
      ({"fits_in": 1000}, "for the KV cache and activations")],
 )
