@@ -141,6 +141,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "Trellis codes",
         "Recipe trellis, the same protocol: 12 bits of state, nothing tuned. "
         "`python -m benchmarks.quality --recipes trellis --bits 2 3 4 --name trellis`", _quality),
+    "rvq": (
+        "Residual vector codes", "The same, recipe rvq. "
+        "`python -m benchmarks.quality --recipes rvq --bits 2 --name rvq`", _quality),
+    "pvq": (
+        "Pyramid vectors", "The same, recipe pvq. "
+        "`python -m benchmarks.quality --recipes pvq --bits 2 --name pvq`", _quality),
     "distortion": (
         "Distortion",
         "Of normal values of one deviation, codes alone. `python -m benchmarks.distortion`", _distortion),

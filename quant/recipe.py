@@ -381,4 +381,5 @@ def _reject_unknown(data: Mapping[str, Any], model: type[BaseModel], prefix: str
 def _readable(error: pydantic.ValidationError, prefix: str) -> RecipeError:
     first = error.errors()[0]
     where = prefix + ".".join(str(p) for p in first["loc"])
-    return RecipeError(f"{where}: got {first['input']!r}, {first['msg'][0].lower()}{first['msg'][1:]}")
+    reason = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{where}: got {first['input']!r}, {reason[0].lower()}{reason[1:]}")
