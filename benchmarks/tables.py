@@ -156,7 +156,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "for finequant), with one calibration of the original model, as in `fewbits sweep`. Predictions are those of "
         "the damage model without any run on this model to go by, for held-out rows of the calibration text; one "
         "survey serves all budgets of a recipe, and what an earlier row measured is not measured again, so only the "
-        "first of each kind shows its whole time. AutoScheme's formats are quantized by the same GPTQ. "
+        "first of each kind shows its whole time. AutoScheme's formats are quantized by the same GPTQ. All menus are "
+        "of integers, but for auto-trellis: auto with trellis codes of 1 to 4 bits and integers from 5 on, no rivals. "
         "`python -m benchmarks.allocation`", _allocation),
     "allocation-sequential": (
         "Budgets, quantized in sequence",
