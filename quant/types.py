@@ -91,11 +91,6 @@ class Format(Protocol):
         ...
 
 
-def nominal_bits(fmt: Format) -> float:
-    """Bits of codes for each weight; stored bits are more. Only models of widths may ask for it."""
-    return fmt.code_bits * fmt.depth * fmt.width / (fmt.height * fmt.span)
-
-
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Local tensor name -> shape and dtype of what is stored."""
 
@@ -260,6 +255,13 @@ def check_permutation(order: Tensor | None, columns: int) -> Tensor:
 def natural_columns(stored: Tensor, order: Tensor) -> Tensor:
     """Columns back where they belong: column ``k`` of ``stored (N, K)`` is column ``order[k]``."""
     return torch.empty_like(stored).index_copy_(1, order.long(), stored)
+
+
+def nominal_bits(fmt: Format) -> float:
+    """Bits of codes for each weight; stored bits are more. Only models of widths may ask for it."""
+    if fmt.height == fmt.span == 1:
+        return fmt.code_bits
+    return 8 * nbytes(fmt.storage(MAX_BLOCK, MAX_BLOCK)) / MAX_BLOCK**2
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,13 @@ class PVQFormat:
     code_bits = 8
     span = width = 1
     height = SIZE
+    depth = SIZE + 1  # the point, as int8, then the gain; a point becomes its rank when it is stored
     group_size = None
     rotated = True
 
     @property
     def index_bytes(self) -> int:
         return 2 * self.bits
-
-    @property
-    def depth(self) -> int:
-        """Bytes of the index, then the gain."""
-        return self.index_bytes + 1
 
     @property
     def name(self) -> str:
@@ -74,16 +70,14 @@ class PVQFormat:
     # -- codes --------------------------------------------------------------------------------------------------
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
-        """Codes ``(N / 16 * depth, columns)`` of ``values (N, columns)``: index, lowest byte first, then gain."""
+        """Codes ``(N / 16 * 17, columns)`` of ``values (N, columns)``: for each group its point, then its gain."""
         columns = values.shape[1]
         vectors = values.float().reshape(-1, SIZE, columns).transpose(1, 2).reshape(-1, SIZE)
         points = project(vectors, PULSES[self.bits])
         length = (vectors * points).sum(1) / points.float().norm(dim=1)
         edges = (gains := gain_grid(self.bits).to(values.device))[1:].add(gains[:-1]).div(2)
         gain = torch.bucketize(length, edges).to(torch.uint8)
-        ranks = rank(points.cpu().numpy(), PULSES[self.bits]).astype("<u8")
-        index = torch.from_numpy(ranks.view(np.uint8).reshape(-1, 8)[:, : self.index_bytes].copy()).to(values.device)
-        codes = torch.cat([index, gain[:, None]], 1)
+        codes = torch.cat([points.to(torch.int8).view(torch.uint8), gain[:, None]], 1)
         return codes.view(-1, columns, self.depth).transpose(1, 2).reshape(-1, columns)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -93,13 +87,10 @@ class PVQFormat:
     def pulses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The points int8 ``(N / 16, columns, 16)`` and what a pulse is worth, float32 ``(N / 16, columns)``."""
         columns = codes.shape[1]
-        octets = codes.view(-1, self.depth, columns).transpose(1, 2).reshape(-1, self.depth)
-        wide = np.zeros((len(octets), 8), dtype=np.uint8)
-        wide[:, : self.index_bytes] = octets[:, :-1].cpu().numpy()
-        points = torch.from_numpy(unrank(wide.view("<u8")[:, 0].astype(np.uint64), PULSES[self.bits])).to(codes.device)
-        gains = gain_grid(self.bits).to(codes.device)[octets[:, -1].long()]
-        scale = gains / points.float().norm(dim=1)
-        return points.view(-1, columns, SIZE), scale.view(-1, columns)
+        octets = codes.view(-1, self.depth, columns).transpose(1, 2)
+        points = octets[..., :-1].contiguous().view(torch.int8)
+        gains = gain_grid(self.bits).to(codes.device)[octets[..., -1].long()]
+        return points, gains / points.float().norm(dim=2)
 
     # -- disk ---------------------------------------------------------------------------------------------------
 
@@ -111,9 +102,13 @@ class PVQFormat:
                 "weight_gain": ((rows // SIZE, words), torch.int32)}
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
-        split = codes.view(-1, self.depth, codes.shape[1])
-        gain = pack_rows(split[:, -1], GAIN_BITS[self.bits])
-        return {"weight_index": split[:, :-1].contiguous(), "weight_gain": gain}
+        columns = codes.shape[1]
+        points, _ = self.pulses(codes)
+        ranks = rank(points.reshape(-1, SIZE).cpu().numpy(), PULSES[self.bits]).astype("<u8")
+        index = torch.from_numpy(ranks.view(np.uint8).reshape(-1, columns, 8)[..., : self.index_bytes].copy())
+        gain = codes.view(-1, self.depth, columns)[:, -1]
+        return {"weight_index": index.transpose(1, 2).contiguous().to(codes.device),
+                "weight_gain": pack_rows(gain, GAIN_BITS[self.bits])}
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
         for name, (shape, dtype) in self.storage(rows, columns).items():
@@ -121,8 +116,13 @@ class PVQFormat:
                 raise FormatError(f"{name}: missing, {self.name} needs it; the checkpoint is incomplete")
             if tuple(t.shape) != shape or t.dtype != dtype:
                 raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {self.name} needs {shape} {dtype}")
+        index = tensors["weight_index"].transpose(1, 2)
+        wide = np.zeros((*index.shape[:2], 8), dtype=np.uint8)
+        wide[..., : self.index_bytes] = index.cpu().numpy()
+        points = torch.from_numpy(unrank(wide.reshape(-1, 8).view("<u8")[:, 0].astype(np.uint64), PULSES[self.bits]))
+        points = points.view(*index.shape[:2], SIZE).to(index.device).transpose(1, 2)
         gain = unpack_rows(tensors["weight_gain"], GAIN_BITS[self.bits], columns)
-        return torch.cat([tensors["weight_index"], gain[:, None]], 1).reshape(-1, columns), {}
+        return torch.cat([points.contiguous().view(torch.uint8), gain[:, None]], 1).reshape(-1, columns), {}
 
 
 # -- the pyramid ------------------------------------------------------------------------------------------------------

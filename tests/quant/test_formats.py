@@ -15,7 +15,7 @@ from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import EXAMPLES, FORMATS, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.quantizers.rtn import RTN
-from fewbits.quant.types import Format, Layout, QuantizedTensor, Segment
+from fewbits.quant.types import Format, Layout, QuantizedTensor, Segment, nominal_bits
 
 torch.set_num_threads(1)
 
@@ -384,6 +384,7 @@ def test_contract(family: str) -> None:
             assert lost < 0.05 * float((weight - decoded).square().mean())
         else:
             assert torch.equal(again, decoded)
+        assert nominal_bits(fmt) <= 8 * tensor.stored_bytes / (rows * columns) < nominal_bits(fmt) + 2
         if fmt.height == 1:
             assert 8 * tensor.stored_bytes >= fmt.code_bits * codes.numel()
 
