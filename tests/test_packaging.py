@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calibration", "cli", "configs", "eval", "kernels", "quant", "serving")
-SHIPPED = {".py", ".toml", ".yaml", ".c"}
+SHIPPED = {".py", ".toml", ".yaml", ".c", ".safetensors"}
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
 

@@ -29,7 +29,7 @@ class Engine:
         symmetric: bits at which only symmetric formats are read.
         blocks: bits -> columns that every group, be it a row, is a multiple of.
         outside: whether it reads a quantized embedding and head.
-        runs: whether a tensor may have several formats, over columns that may be sorted.
+        runs: whether a tensor may have several formats, over columns that may be sorted, and may be rotated.
     """
 
     menu: tuple[str, ...]
@@ -43,7 +43,7 @@ class Engine:
     runs: bool = False
 
     def reads(self, layout: Layout) -> bool:
-        if not self.runs and (layout.permuted or len(layout.runs) > 1):
+        if not self.runs and (layout.permuted or layout.rotated or len(layout.runs) > 1):
             return False
         return all(self._reads(fmt, columns) for fmt, columns in layout.runs)
 
