@@ -78,12 +78,15 @@ class Job:
 QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 """Each bit width with each kernel, asymmetric (the larger code)."""
 
-QUICK += tuple(Job(kernel, bits, tokens=tokens) for bits in (1, 2, 3, 4)
-               for kernel, tokens in (("trellis_gemv", 1), ("trellis_gemm", 256)))
-QUICK += tuple(Job(kernel, bits, tokens=tokens) for bits in (2, 3, 4)
-               for kernel, tokens in (("rvq_gemv", 1), ("rvq_gemm", 256)))
 
-FULL = QUICK + tuple(
+def _coded(family: str, widths: tuple[int, ...]) -> tuple[Job, ...]:
+    return tuple(Job(f"{family}_{kernel}", bits, tokens=tokens) for bits in widths
+                 for kernel, tokens in (("gemv", 1), ("gemm", 256)))
+
+
+QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,))
+
+FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + tuple(
     Job("gemm", bits, symmetric, tokens, dtype=dtype)
     for bits in RUNS for symmetric in (True, False) for dtype in ("fp16", "bf16") for tokens in (16, 64, 256)
     if (symmetric, dtype, tokens) != (False, "fp16", 256)

@@ -18,8 +18,8 @@ def test_every_width_compiles_for_every_chip_without_spills(judged: list[dict]) 
     found = {(j["kernel"], j["format"], j["chip"]): j["spills"] for j in judged}
     chips = ("sm_80", "sm_90", "gfx942")
     wanted = [(kernel, f"int{bits}_g128") for kernel in ("gemv", "gemm") for bits in (2, 3, 4, 8)]
-    wanted += [(kernel, f"trellis{bits}") for kernel in ("trellis_gemv", "trellis_gemm") for bits in (1, 2, 3, 4)]
-    wanted += [(kernel, f"rvq{bits}") for kernel in ("rvq_gemv", "rvq_gemm") for bits in (2, 3, 4)]
+    wanted += [(kernel, f"trellis{bits}") for kernel in ("trellis_gemv", "trellis_gemm") for bits in (2, 3)]
+    wanted += [(kernel, "rvq2") for kernel in ("rvq_gemv", "rvq_gemm")]
     assert set(found) == {(*w, chip) for w in wanted for chip in chips}
     assert not {k: v for k, v in found.items() if v}, "tiles that spill"
 
