@@ -70,7 +70,7 @@ class Job:
 
     @property
     def format(self) -> str:
-        if (family := self.kernel.rpartition("_")[0]) in ("trellis", "rvq"):
+        if family := self.kernel.rpartition("_")[0]:
             return f"{family}{self.bits}"
         return f"int{self.bits}{'_sym' if self.symmetric else ''}_g{self.group}"
 
@@ -126,10 +126,8 @@ class Judgement:
 
 def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     """Arguments that the launcher passes for this job, pointers as type names, and its tile."""
-    if job.kernel.startswith("trellis"):
-        return _trellis_arguments(job, chip)
-    if job.kernel.startswith("rvq"):
-        return _rvq_arguments(job)
+    if "_" in job.kernel:
+        return _coded_arguments(job, chip)
     words = job.columns * job.bits // 32
     group = 0 if job.group == job.columns else job.group
     common = {"p_x": f"*{job.dtype}", "p_w": "*i32", "p_s": "*fp16", "p_z": "*u8", "p_y": f"*{job.dtype}",
@@ -146,35 +144,31 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
             "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k}, tile
 
 
-def _trellis_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
-    gemv = job.kernel == "trellis_gemv"
-    tile = triton_trellis.GEMV_TILE if gemv else triton_trellis.gemm_tile(job.tokens)
-    values = {"p_x": f"*{job.dtype}", "p_w": "*i32", "p_y": f"*{job.dtype}", **({} if gemv else {"M": job.tokens}),
-              "N": job.rows, "K": job.columns, "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns,
-              "s_ym": job.rows, "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16,
-              "EVEN": job.columns % tile.b_k == 0, "DP4A": chip.target.backend == "cuda"}
-    if not gemv:
-        values |= {"WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n}
-    return {**values, "b_k": tile.b_k}, tile
+def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
+    family, _, kernel = job.kernel.partition("_")
+    module = {"trellis": triton_trellis, "rvq": triton_rvq}[family]
+    tile = module.GEMV_TILE if kernel == "gemv" else module.gemm_tile(job.tokens)
+    even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
+    known: dict[str, object] = {
+        "p_x": f"*{job.dtype}", "p_w": "*i32" if family == "trellis" else "*u8", "p_books": "*fp16",
+        "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns, "steps": job.columns // tile.b_k,
+        "step": "fp32", "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows, "BITS": job.bits,
+        "STATES": 16, "STAGES": job.bits, "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m,
+        "b_n": tile.b_n, "b_k": tile.b_k,
+    }
+    return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
 
 
-def _rvq_arguments(job: Job) -> tuple[dict[str, object], Tile]:
-    gemv = job.kernel == "rvq_gemv"
-    tile = triton_rvq.GEMV_TILE if gemv else triton_rvq.gemm_tile(job.tokens)
-    values = {"p_x": f"*{job.dtype}", "p_w": "*u8", "p_books": "*fp16", "p_y": f"*{job.dtype}",
-              **({} if gemv else {"M": job.tokens}), "N": job.rows, "K": job.columns,
-              "steps": job.columns // tile.b_k, "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows,
-              "STAGES": job.bits}
-    if not gemv:
-        values |= {"WIDE": job.dtype == "fp32", "b_m": tile.b_m}
-    return {**values, "b_n": tile.b_n, "b_k": tile.b_k}, tile
+KERNELS = {
+    "gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
+    "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
+    "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm,
+}
 
 
 def compile_job(job: Job, chip: Chip):
     """Triton's compiled kernel, specialized as a launch is: for 1, for multiples of 16, for aligned pointers."""
-    kernel = {"gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
-              "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
-              "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm}[job.kernel]
+    kernel = KERNELS[job.kernel]
     values, tile = arguments(job, chip)
     assert list(values) == list(kernel.arg_names), "arguments() has to follow the kernel's signature"
     constants = {p.name for p in kernel.params if p.is_constexpr} | {n for n, v in values.items() if v == 1}

@@ -6,8 +6,6 @@ As torch operators that take flat tensors and the name of a format, ``fewbits::c
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.kernels.choice import TRITON_GEMV_TOKENS, from_triton, has_triton, pick
 from fewbits.kernels.cpu import pvq as cpu_pvq
 from fewbits.kernels.cpu import rvq as cpu_rvq
 from fewbits.kernels.cpu import trellis as cpu_trellis
@@ -61,11 +60,6 @@ def _points(tensors: Mapping[str, Tensor], fmt: PVQFormat, rows: int, columns: i
     return [t.contiguous() for t in fmt.pulses(fmt.unpack(tensors, rows, columns)[0])]
 
 
-def _decode_points(operands: Operands, fmt: PVQFormat) -> Tensor:
-    points, scale = operands
-    return (points.float() * scale[..., None]).transpose(1, 2).reshape(-1, points.shape[1])
-
-
 FAMILIES: dict[type, Family] = {
     TrellisFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
@@ -74,7 +68,7 @@ FAMILIES: dict[type, Family] = {
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]), _decode_stored,
         lambda o, f: cpu_rvq.dequantize(o[0], f)),
     PVQFormat: Family(
-        _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), _decode_points,
+        _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), lambda o, f: f.dense(*o),
         lambda o, f: cpu_pvq.dequantize(*o)),
 }
 
@@ -98,16 +92,9 @@ class CodedKernel:
     available: Callable[[], bool]
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _triton(module: str, name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
-    def run(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
-        # imported here, because Triton is an optional dependency
-        return getattr(importlib.import_module(f"fewbits.kernels.{module}"), name)(x, *operands, fmt)
-
-    return run
+def _triton(family: str, name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
+    run = from_triton(f"triton_{family}", name)
+    return lambda x, operands, fmt: run(x, *operands, fmt)
 
 
 def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
@@ -119,10 +106,14 @@ def _reference(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
 
 
 CODED_KERNELS: dict[str, CodedKernel] = {
-    "triton_trellis_gemv": CodedKernel(_triton("triton_trellis", "gemv"), TrellisFormat, "cuda", 2, _has_triton),
-    "triton_trellis_gemm": CodedKernel(_triton("triton_trellis", "gemm"), TrellisFormat, "cuda", None, _has_triton),
-    "triton_rvq_gemv": CodedKernel(_triton("triton_rvq", "gemv"), RVQFormat, "cuda", 2, _has_triton),
-    "triton_rvq_gemm": CodedKernel(_triton("triton_rvq", "gemm"), RVQFormat, "cuda", None, _has_triton),
+    "triton_trellis_gemv": CodedKernel(_triton("trellis", "gemv"), TrellisFormat, "cuda", TRITON_GEMV_TOKENS,
+                                       has_triton),
+    "triton_trellis_gemm": CodedKernel(_triton("trellis", "gemm"), TrellisFormat, "cuda", None,
+                                       has_triton),
+    "triton_rvq_gemv": CodedKernel(_triton("rvq", "gemv"), RVQFormat, "cuda", TRITON_GEMV_TOKENS,
+                                       has_triton),
+    "triton_rvq_gemm": CodedKernel(_triton("rvq", "gemm"), RVQFormat, "cuda", None,
+                                       has_triton),
     "cpu_trellis_gemv": CodedKernel(lambda x, o, f: cpu_trellis.gemv(x, o[0], f), TrellisFormat, "cpu",
                                     cpu_trellis.GEMV_TOKENS, cpu_trellis.available),
     "cpu_trellis_dense": CodedKernel(_dense, TrellisFormat, "cpu", None, cpu_trellis.available),
@@ -137,11 +128,16 @@ CODED_KERNELS: dict[str, CodedKernel] = {
 """Name -> kernel, in order of preference; the last takes whatever the others do not."""
 
 
+@lru_cache(maxsize=64)
+def _candidates(family: type, device: str) -> tuple[tuple[str, CodedKernel], ...]:
+    """The kernels of the table that can run here, in order. Cached: this runs once per layer call."""
+    return tuple((name, k) for name, k in CODED_KERNELS.items()
+                 if k.family in (None, family) and k.device in (None, device) and k.available())
+
+
 def select(fmt: Format, tokens: int, device: str) -> str:
     """Name of the kernel that multiplies so many tokens by a weight of this format on this type of device."""
-    return next(name for name, k in CODED_KERNELS.items()
-                if (k.family is None or isinstance(fmt, k.family)) and k.device in (None, device)
-                and (k.max_tokens is None or tokens <= k.max_tokens) and k.available())
+    return pick(_candidates(type(fmt), device), tokens)[0]
 
 
 _LIB = torch.library.Library("fewbits", "FRAGMENT")
@@ -153,7 +149,8 @@ _format = lru_cache(maxsize=256)(parse_format)
 
 def _matmul(x: Tensor, operands: Operands, format: str) -> Tensor:
     flat, fmt = x.reshape(-1, x.shape[-1]).contiguous(), _format(format)
-    y = CODED_KERNELS[select(fmt, len(flat), x.device.type)].run(flat, operands, fmt)
+    _, kernel = pick(_candidates(type(fmt), x.device.type), len(flat))
+    y = kernel.run(flat, operands, fmt)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 

@@ -12,7 +12,6 @@ other is decoded by its own ``unpack`` and ``decode``.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import coded, reference
+from fewbits.kernels.choice import TRITON_GEMV_TOKENS, from_triton, has_triton, pick
 from fewbits.kernels.cpu import int_matmul as cpu
 from fewbits.quant.bitpack import unpack_rows
-from fewbits.quant.errors import FormatError
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.types import Format, Segment
+from fewbits.quant.types import Format, Segment, require_stored
 
 Operands = tuple[Tensor, Tensor, Tensor | None]
 """``packed, scale, zero`` as described in ``reference.py``."""
@@ -72,31 +71,12 @@ class Kernel:
     available: Callable[[], bool]
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _triton_gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    from fewbits.kernels import triton_int  # here, because Triton is an optional dependency
-
-    return triton_int.gemv(x, packed, scale, zero, bits)
-
-
-def _triton_gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    from fewbits.kernels import triton_int
-
-    return triton_int.gemm(x, packed, scale, zero, bits)
-
-
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 TRITON_BITS = (2, 3, 4, 8)
-TRITON_GEMV_TOKENS = 2
-"""Its work grows with every token: 7 instructions a weight each, where the gemm takes 10 for 16 tokens
-(benchmarks/aot.py)."""
 
 KERNELS: dict[str, Kernel] = {
-    "triton_gemv": Kernel(_triton_gemv, "cuda", TRITON_BITS, TRITON_GEMV_TOKENS, _has_triton),
-    "triton_gemm": Kernel(_triton_gemm, "cuda", TRITON_BITS, None, _has_triton),
+    "triton_gemv": Kernel(from_triton("triton_int", "gemv"), "cuda", TRITON_BITS, TRITON_GEMV_TOKENS, has_triton),
+    "triton_gemm": Kernel(from_triton("triton_int", "gemm"), "cuda", TRITON_BITS, None, has_triton),
     "cpu_gemv": Kernel(cpu.gemv, "cpu", ALL_BITS, cpu.GEMV_TOKENS, cpu.available),
     "cpu_dense": Kernel(cpu.dense, "cpu", ALL_BITS, None, cpu.available),
     "reference": Kernel(reference.matmul, None, ALL_BITS, None, lambda: True),
@@ -112,11 +92,7 @@ def _candidates(device: str, bits: int) -> tuple[tuple[str, Kernel], ...]:
 
 
 def _select(bits: int, tokens: int, device: str) -> tuple[str, Kernel]:
-    for item in _candidates(device, bits):
-        limit = item[1].max_tokens
-        if limit is None or tokens <= limit:
-            return item
-    raise AssertionError("reference takes everything")
+    return pick(_candidates(device, bits), tokens)
 
 
 def select_kernel(format: Format, M: int, device: torch.device) -> str:
@@ -204,7 +180,7 @@ def prepare(fmt: Format, tensors: Mapping[str, Tensor], rows: int, columns: int)
     if not isinstance(fmt, IntFormat):
         fmt.unpack(tensors, rows, columns)  # raises if they do not fit
         return Prepared(fmt, rows, columns, {n: tensors[n] for n in names}, None)
-    _check(fmt, tensors, rows, columns)
+    require_stored(fmt.name, fmt.storage(rows, columns), tensors, any_float=True)
     shared = {n: tensors[n] for n in names}
     scale, zero = shared["weight_scale"], None
     if not fmt.symmetric:
@@ -214,16 +190,6 @@ def prepare(fmt: Format, tensors: Mapping[str, Tensor], rows: int, columns: int)
         scale = scale.T.contiguous().T
     operands = (shared["weight_packed"].contiguous(), scale if scale.is_cuda else scale.contiguous(), zero)
     return Prepared(fmt, rows, columns, shared, operands)
-
-
-def _check(fmt: IntFormat, tensors: Mapping[str, Tensor], rows: int, columns: int) -> None:
-    """Shapes and dtypes that fit; scales may have been cast with the model, so any float dtype that we read will do."""
-    for name, (shape, dtype) in fmt.storage(rows, columns).items():
-        if (t := tensors.get(name)) is None:
-            raise FormatError(f"{name}: missing, {fmt.name} needs it; the checkpoint is incomplete")
-        allowed = (torch.float16, torch.bfloat16, torch.float32) if name == "weight_scale" else (dtype,)
-        if tuple(t.shape) != shape or t.dtype not in allowed:
-            raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {fmt.name} needs {shape} {dtype}")
 
 
 def matmul(x: Tensor, prepared: Prepared) -> Tensor:

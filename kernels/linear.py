@@ -19,15 +19,8 @@ from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import Prepared, dequantize, dequantize_rows, matmul, prepare
 from fewbits.quant.errors import FormatError
-from fewbits.quant.rotation import rotate_columns, rotate_rows_back, rotated_back
-from fewbits.quant.types import (
-    Layout,
-    QuantizedTensor,
-    Rotation,
-    check_permutation,
-    check_rotation,
-    natural_columns,
-)
+from fewbits.quant.rotation import Rotation, rotate_columns, rotate_rows_back, rotated_back
+from fewbits.quant.types import Layout, QuantizedTensor, check_permutation, check_rotation, natural_columns
 
 
 class WeightView:
@@ -149,7 +142,7 @@ class PackedMatrix(nn.Module):
             runs.append((slice(start, start + columns), prepare(fmt, local, self.rows, columns)))
             start += columns
         order = check_permutation(tensors["weight_perm"], self.columns).long() if self.layout.permuted else None
-        rotation = check_rotation(tensors, self.rows, self.columns) if self.layout.rotated else None
+        rotation = check_rotation(tensors, self.rows, self.columns).float() if self.layout.rotated else None
         state = PreparedRuns(runs, order, rotation)
         # An offloading hook puts the tensors back to disk after each forward: keeping them here would defeat it.
         if not getattr(getattr(self, "_hf_hook", None), "offload", False):

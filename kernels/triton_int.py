@@ -14,6 +14,7 @@ Prefixes: p_ pointer, s_ stride, b_ block, o_ offset, m_ mask. Shapes: M tokens,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -191,9 +192,14 @@ GEMM_TILES = (
 MAX_SPLIT = 8
 
 
+def tile_for(tokens: int, tiles: Iterable[tuple[int | None, Tile]]) -> Tile:
+    """The first tile whose largest M is not exceeded."""
+    return next(t for limit, t in tiles if limit is None or tokens <= limit)
+
+
 def gemm_tile(tokens: int, bits: int, group: int) -> Tile:
     """The tile for M = ``tokens``, with ``b_k`` cut to a power of two that divides ``group`` where that is possible."""
-    tile = next(t for limit, t in GEMM_TILES if limit is None or tokens <= limit)
+    tile = tile_for(tokens, GEMM_TILES)
     b_k = tile.b_k
     while group % b_k and b_k > max(16, RUNS[bits]):
         b_k //= 2
@@ -221,17 +227,34 @@ def gemm(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: in
     rows, words = packed.shape
     group = 0 if scale.shape[1] == 1 else columns // scale.shape[1]
     tile = gemm_tile(tokens, bits, group)
+
+    def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
+        int_gemm[(*blocks, split)](
+            x, packed, scale, packed if zero is None else zero, y, tokens, rows, columns, words, steps, x.stride(0),
+            y.stride(1), y.stride(0), scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits], GROUP=group,
+            SYM=zero is None, EVEN=columns % (tile.b_k * split) == 0, WIDE=INTERPRET or x.dtype == torch.float32,
+            b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+
+    return split_product(x, rows, tile, split, launch)
+
+
+Launch = Callable[[Tensor, tuple[int, int], int, int], None]
+"""``launch(y (split, M, N), (blocks of rows, blocks of tokens), split, steps of columns for each)``."""
+
+
+def split_product(x: Tensor, rows: int, tile: Tile, split: int | None, launch: Launch) -> Tensor:
+    """``(M, N)`` in the dtype of x: partial products of ``split`` shares of the columns, added in a fixed order.
+
+    Args:
+        split: None for as many as help.
+    """
+    tokens, columns = x.shape
     blocks = triton.cdiv(rows, tile.b_n), triton.cdiv(tokens, tile.b_m)
     steps = triton.cdiv(columns, tile.b_k)
     if split is None:
         split = choose_split(blocks[0] * blocks[1], steps, processors(x.device))
     y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    int_gemm[(*blocks, split)](
-        x, packed, scale, packed if zero is None else zero, y, tokens, rows, columns, words, triton.cdiv(steps, split),
-        x.stride(0), y.stride(1), y.stride(0), scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits],
-        GROUP=group, SYM=zero is None, EVEN=columns % (tile.b_k * split) == 0,
-        WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
-        num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+    launch(y, blocks, split, triton.cdiv(steps, split))
     return y.sum(0).to(x.dtype) if split > 1 else y[0]
 
 

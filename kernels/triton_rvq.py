@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, choose_split, processors
+from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, tile_for
 from fewbits.quant.formats.rvq import RVQFormat
 
-HEIGHT, ENTRIES = 8, 256
+HEIGHT = RVQFormat.height
 GEMV_TILE = Tile(b_m=1, b_n=32, b_k=64, warps=4, stages=2)
 GEMM_TILES = (
     (16, Tile(b_m=16, b_n=64, b_k=64, warps=4, stages=3)),
@@ -83,34 +83,31 @@ def rvq_gemm(p_x, p_w, p_books, p_y, M, N, K, steps, s_xm, s_ym, s_ys, STAGES: t
 
 
 def gemm_tile(tokens: int) -> Tile:
-    return next(t for limit, t in GEMM_TILES if limit is None or tokens <= limit)
+    return tile_for(tokens, GEMM_TILES)
 
 
 def gemv(x: Tensor, packed: Tensor, fmt: RVQFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for a few tokens."""
-    tokens, columns, rows, tile = *x.shape, packed.shape[0] * HEIGHT, GEMV_TILE
-    steps, blocks = triton.cdiv(columns, tile.b_k), triton.cdiv(rows, tile.b_n)
-    if split is None:
-        split = choose_split(tokens * blocks, steps, processors(x.device))
-    y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    rvq_gemv[(tokens, blocks, split)](
-        x, packed, fmt.books(x.device).half(), y, rows, columns, triton.cdiv(steps, split), x.stride(0), y.stride(1),
-        y.stride(0), STAGES=fmt.bits, b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps * 32 // WARP,
-        num_stages=tile.stages)
-    return y.sum(0).to(x.dtype) if split > 1 else y[0]
+    columns, rows, tile = x.shape[1], packed.shape[0] * HEIGHT, GEMV_TILE
+    books = fmt.books(x.device, torch.float16)
+
+    def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
+        rvq_gemv[(blocks[1], blocks[0], split)](
+            x, packed, books, y, rows, columns, steps, x.stride(0), y.stride(1), y.stride(0), STAGES=fmt.bits,
+            b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+
+    return split_product(x, rows, tile, split, launch)
 
 
 def gemm(x: Tensor, packed: Tensor, fmt: RVQFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
-    tokens, columns, rows = *x.shape, packed.shape[0] * HEIGHT
-    tile = gemm_tile(tokens)
-    blocks = triton.cdiv(rows, tile.b_n), triton.cdiv(tokens, tile.b_m)
-    steps = triton.cdiv(columns, tile.b_k)
-    if split is None:
-        split = choose_split(blocks[0] * blocks[1], steps, processors(x.device))
-    y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    rvq_gemm[(*blocks, split)](
-        x, packed, fmt.books(x.device).half(), y, tokens, rows, columns, triton.cdiv(steps, split), x.stride(0),
-        y.stride(1), y.stride(0), STAGES=fmt.bits, WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m,
-        b_n=tile.b_n, b_k=tile.b_k, num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
-    return y.sum(0).to(x.dtype) if split > 1 else y[0]
+    (tokens, columns), rows = x.shape, packed.shape[0] * HEIGHT
+    tile, books = gemm_tile(tokens), fmt.books(x.device, torch.float16)
+
+    def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
+        rvq_gemm[(*blocks, split)](
+            x, packed, books, y, tokens, rows, columns, steps, x.stride(0), y.stride(1), y.stride(0), STAGES=fmt.bits,
+            WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
+            num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+
+    return split_product(x, rows, tile, split, launch)

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, choose_split, processors
+from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, tile_for
 from fewbits.quant.formats.trellis import TrellisFormat
 
-HEIGHT, WIDTH = 32, 8
+HEIGHT = TrellisFormat.height
 GEMV_TILE = Tile(b_m=1, b_n=HEIGHT, b_k=128, warps=4, stages=2)
 """A column of 32 weights for every thread."""
 
@@ -148,35 +148,32 @@ def trellis_gemm(p_x, p_w, p_y, M, N, K, steps, step, s_xm, s_ym, s_ys, BITS: tl
 
 
 def gemm_tile(tokens: int) -> Tile:
-    return next(t for limit, t in GEMM_TILES if limit is None or tokens <= limit)
+    return tile_for(tokens, GEMM_TILES)
 
 
 def gemv(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for a few tokens."""
-    tokens, columns, rows, tile = *x.shape, packed.shape[0] * HEIGHT, GEMV_TILE
-    steps = triton.cdiv(columns, tile.b_k)
-    if split is None:
-        split = choose_split(tokens * packed.shape[0], steps, processors(x.device))
-    y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    trellis_gemv[(tokens, packed.shape[0], split)](
-        x, packed, y, rows, columns, triton.cdiv(steps, split), fmt.step, x.stride(0), y.stride(1), y.stride(0),
-        BITS=fmt.code_bits, STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A, b_k=tile.b_k,
-        num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
-    return y.sum(0).to(x.dtype) if split > 1 else y[0]
+    columns, rows, tile = x.shape[1], packed.shape[0] * HEIGHT, GEMV_TILE
+
+    def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
+        trellis_gemv[(blocks[1], blocks[0], split)](
+            x, packed, y, rows, columns, steps, fmt.step, x.stride(0), y.stride(1), y.stride(0), BITS=fmt.code_bits,
+            STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A, b_k=tile.b_k,
+            num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+
+    return split_product(x, rows, tile, split, launch)
 
 
 def gemm(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
-    tokens, columns, rows = *x.shape, packed.shape[0] * HEIGHT
+    (tokens, columns), rows = x.shape, packed.shape[0] * HEIGHT
     tile = gemm_tile(tokens)
-    blocks = triton.cdiv(rows, tile.b_n), triton.cdiv(tokens, tile.b_m)
-    steps = triton.cdiv(columns, tile.b_k)
-    if split is None:
-        split = choose_split(blocks[0] * blocks[1], steps, processors(x.device))
-    y = torch.empty(split, tokens, rows, dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
-    trellis_gemm[(*blocks, split)](
-        x, packed, y, tokens, rows, columns, triton.cdiv(steps, split), fmt.step, x.stride(0), y.stride(1), y.stride(0),
-        BITS=fmt.code_bits, STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A,
-        WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
-        num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
-    return y.sum(0).to(x.dtype) if split > 1 else y[0]
+
+    def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
+        trellis_gemm[(*blocks, split)](
+            x, packed, y, tokens, rows, columns, steps, fmt.step, x.stride(0), y.stride(1), y.stride(0),
+            BITS=fmt.code_bits, STATES=fmt.state_bits, EVEN=columns % (tile.b_k * split) == 0, DP4A=DP4A,
+            WIDE=INTERPRET or x.dtype == torch.float32, b_m=tile.b_m, b_n=tile.b_n, b_k=tile.b_k,
+            num_warps=tile.warps * 32 // WARP, num_stages=tile.stages)
+
+    return split_product(x, rows, tile, split, launch)

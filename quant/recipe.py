@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fewbits.quant.errors import FormatError, RecipeError, nearest
 from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
+from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.quantizers import QUANTIZERS
 from fewbits.quant.types import Layout, Quantizer
 
@@ -42,7 +42,7 @@ class _Table(BaseModel):
 
 def _bits(value: Any) -> int | float:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if (whole and 1 <= value <= 8) or (isinstance(value, float) and value in (1.5, 2.5, 3.5)):
+    if (whole and 1 <= value <= 8) or (isinstance(value, float) and value in HALF_BITS):
         return value
     raise ValueError("needed 1 to 8; trellis codes have 1 to 4, also 1.5, 2.5 and 3.5")
 

@@ -11,13 +11,57 @@ At run time ``y = out_scale * R_N^T (Q (R_K (in_scale * x)))``; a Sylvester Hada
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FormatError
-from fewbits.quant.types import LayerStats, Rotation, block_size
+
+if TYPE_CHECKING:
+    from fewbits.quant.types import LayerStats
+
+MAX_BLOCK, MIN_BLOCK = 128, 16
+
+
+def block_size(n: int) -> int:
+    """Of the Hadamard transform: the largest power of two up to 128 that divides ``n``.
+
+    Raises:
+        FormatError: it is below 16.
+    """
+    if (size := min(n & -n, MAX_BLOCK)) < MIN_BLOCK:
+        raise FormatError(f"rotation: got a dimension of {n}, divided by {size} and no larger power of two; needed at "
+                          f"least {MIN_BLOCK}; give it an integer format")
+    return size
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The basis that a weight is coded in: ``W = diag(out_scale) R_N^T Q R_K diag(in_scale)``.
+
+    ``R_n`` is the orthonormal Hadamard matrix of :func:`block_size` repeated along the diagonal.
+
+    Attributes:
+        in_scale: ``(K,)`` float16, with random signs.
+        out_scale: ``(N,)`` float16, with random signs.
+        row_block: size of the transform along the rows, which stays what it is when blocks of rows are cut out.
+    """
+
+    in_scale: Tensor
+    out_scale: Tensor
+    row_block: int
+
+    def rows(self, which: slice) -> Rotation:
+        return Rotation(self.in_scale, self.out_scale[which], self.row_block)
+
+    def float(self) -> Rotation:
+        """With scales in float32, as every product needs them."""
+        return dataclasses.replace(self, in_scale=self.in_scale.float(), out_scale=self.out_scale.float())
+
 
 SCALE_RANGE = 8.0
 """Scales stay within this factor of their geometric mean."""
@@ -70,7 +114,7 @@ def rotate_stats(stats: LayerStats, rotation: Rotation) -> LayerStats:
         return rotate_columns(half.T, rotation).T.contiguous()
 
     cross = None if stats.cross is None else both(stats.cross)
-    return LayerStats(both(stats.xtx), stats.n_tokens, cross)
+    return dataclasses.replace(stats, xtx=both(stats.xtx), cross=cross)
 
 
 def choose_rotation(weight: Tensor, stats: LayerStats | None, seed: int) -> Rotation:

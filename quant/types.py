@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FormatError
+from fewbits.quant.rotation import MAX_BLOCK, Rotation, block_size, rotated_back
 
 Params = Mapping[str, Tensor]
 """Parameters of a format for some groups: name -> tensor whose leading shape is that of the groups."""
@@ -172,8 +173,7 @@ class Layout:
         if self.permuted:
             out["weight_perm"] = ((self.columns,), permutation_dtype(self.columns))
         if self.rotated:
-            block_size(rows), block_size(self.columns)
-            out |= {"weight_in_scale": ((self.columns,), torch.float16), "weight_out_scale": ((rows,), torch.float16)}
+            out |= rotation_storage(rows, self.columns)
         return out | {"weight_shape": ((2,), torch.int64)}
 
     def stored_bytes(self, rows: int) -> int:
@@ -181,49 +181,35 @@ class Layout:
         return nbytes(self.storage(rows))
 
 
-MAX_BLOCK, MIN_BLOCK = 128, 16
+def require_stored(who: str, stored: Stored, tensors: Mapping[str, Tensor], *, any_float: bool = False) -> None:
+    """Raise FormatError when a tensor is missing, or has the wrong shape or dtype.
 
-
-def block_size(n: int) -> int:
-    """Of the Hadamard transform: the largest power of two up to 128 that divides ``n``.
-
-    Raises:
-        FormatError: it is below 16.
+    Args:
+        who: what needs them.
+        any_float: scales may have been cast with the model; any float dtype that kernels read will do.
     """
-    if (size := min(n & -n, MAX_BLOCK)) < MIN_BLOCK:
-        raise FormatError(f"rotation: got a dimension of {n}, divided by {size} and no larger power of two; needed at "
-                          f"least {MIN_BLOCK}; give it an integer format")
-    return size
+    for name, (shape, dtype) in stored.items():
+        if (t := tensors.get(name)) is None:
+            raise FormatError(f"{name}: missing, {who} needs it; the checkpoint is incomplete")
+        allowed = _FLOATS if any_float and dtype.is_floating_point else (dtype,)
+        if tuple(t.shape) != shape or t.dtype not in allowed:
+            raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {who} needs {shape} {dtype}")
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """The basis that a weight is coded in: ``W = diag(out_scale) R_N^T Q R_K diag(in_scale)``.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
-    ``R_n`` is the orthonormal Hadamard matrix of :func:`block_size` repeated along the diagonal. See ``rotation.py``.
 
-    Attributes:
-        in_scale: ``(K,)`` float16, with random signs.
-        out_scale: ``(N,)`` float16, with random signs.
-        row_block: size of the transform along the rows, which stays what it is when blocks of rows are cut out.
-    """
-
-    in_scale: Tensor
-    out_scale: Tensor
-    row_block: int
-
-    def rows(self, which: slice) -> Rotation:
-        return Rotation(self.in_scale, self.out_scale[which], self.row_block)
+def rotation_storage(rows: int, columns: int) -> Stored:
+    """The scales of a rotation; raises FormatError where the dimensions have none."""
+    block_size(rows), block_size(columns)
+    return {"weight_in_scale": ((columns,), torch.float16), "weight_out_scale": ((rows,), torch.float16)}
 
 
 def check_rotation(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Rotation:
     """What was stored; raises FormatError when a scale is missing, or is none."""
-    for name, size in (("weight_in_scale", columns), ("weight_out_scale", rows)):
-        if (scale := tensors.get(name)) is None:
-            raise FormatError(f"{name}: missing, a rotated layout needs it; the checkpoint is incomplete")
-        if tuple(scale.shape) != (size,) or scale.dtype != torch.float16:
-            raise FormatError(f"{name}: got {tuple(scale.shape)} {scale.dtype}, needed ({size},) torch.float16")
-        if not bool((scale.isfinite() & (scale != 0)).all()):
+    require_stored("a rotated layout", stored := rotation_storage(rows, columns), tensors)
+    for name in stored:
+        if not bool((tensors[name].isfinite() & (tensors[name] != 0)).all()):
             raise FormatError(f"{name}: got 0, NaN or Inf, needed finite scales; the checkpoint is damaged, download "
                               "or quantize it again")
     return Rotation(tensors["weight_in_scale"], tensors["weight_out_scale"], block_size(rows))
@@ -288,7 +274,7 @@ class Segment:
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, columns)``."""
-        if self.format.group_size is None and not self.params:
+        if not self.params:
             return self.format.decode(self.codes, {})
         codes = self.codes.view(self.rows, self.format.groups(self.columns), -1)
         return self.format.decode(codes, {k: v.unsqueeze(-1) for k, v in self.params.items()}).view(self.rows, -1)
@@ -296,7 +282,7 @@ class Segment:
     @staticmethod
     def nearest(fmt: Format, values: Tensor, params: Params) -> Segment:
         """The nearest codes of ``values (N, columns)``, given parameters ``(N, G)``."""
-        if fmt.group_size is None and not params:
+        if not params:
             return Segment(fmt, fmt.encode(values, {}), {})
         grouped = values.reshape(len(values), fmt.groups(values.shape[1]), -1)
         codes = fmt.encode(grouped, {k: v.unsqueeze(-1) for k, v in params.items()})
@@ -338,8 +324,6 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, K)``, columns in their own order: exactly what the stored codes mean."""
-        from fewbits.quant.rotation import rotated_back
-
         stored = torch.cat([s.dequantize() for s in self.segments], dim=1)
         if self.rotation is not None:
             stored = rotated_back(stored, self.rotation)

@@ -11,7 +11,7 @@ from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import layout_name, parse_format
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, trellis_layout
+from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
 from fewbits.quant.recipe import MAX_AUTO_GROUP, Allocate, Recipe
 from fewbits.quant.types import Format, Layout, nbytes
@@ -72,7 +72,7 @@ ENGINES: dict[str, Engine] = {
 """Engine -> what it reads once the checkpoint is exported to it; the names of ``--target``."""
 
 
-HALF_BITS = {f"trellis{bits}": bits for bits in (1.5, 2.5, 3.5)}
+_HALVES = {f"trellis{bits}": bits for bits in HALF_BITS}
 """Entries of a menu that are two formats, each over half of the columns."""
 
 
@@ -166,7 +166,7 @@ def _entries(
     found: dict[str, Layout] = {}
     reasons = []
     for entry in wanted:
-        if entry not in HALF_BITS:
+        if entry not in _HALVES:
             named_format(entry, MAX_AUTO_GROUP)  # an unknown name is no matter of this tensor
         try:
             layout = _layout(entry, columns, group)
@@ -186,7 +186,7 @@ def _entries(
 
 
 def _layout(entry: str, columns: int, group: int | None) -> Layout:
-    if (half := HALF_BITS.get(entry)) is not None:
+    if (half := _HALVES.get(entry)) is not None:
         layout = trellis_layout(half, DEFAULT_STATE_BITS, columns)
     else:
         fmt = named_format(entry, group or min(columns & -columns, MAX_AUTO_GROUP))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
 from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Params
+from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"int([1-8])(_sym)?_(?:g([1-9]\d*)|row)(_bf16|_f32)?")
 _SCALE_DTYPES = {"": torch.float16, "_bf16": torch.bfloat16, "_f32": torch.float32}
@@ -161,11 +161,7 @@ class IntFormat:
         return out
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
-        for name, (shape, dtype) in self.storage(rows, columns).items():
-            if (t := tensors.get(name)) is None:
-                raise FormatError(f"{name}: missing, {self.name} needs it; the checkpoint is incomplete")
-            if tuple(t.shape) != shape or t.dtype != dtype:
-                raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {self.name} needs {shape} {dtype}")
+        require_stored(self.name, self.storage(rows, columns), tensors)
         params = {"scale": tensors["weight_scale"]}
         if not self.symmetric:
             params["zero_point"] = unpack_rows(tensors["weight_zero_point"].T.contiguous(), self.code_bits, rows).T

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
-from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Params
+from fewbits.quant.formats.joint import JointFormat
+from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"pvq([2-4])")
 SIZE = 16
@@ -36,17 +36,15 @@ _SWAPS = 2
 
 
 @dataclass(frozen=True)
-class PVQFormat:
+class PVQFormat(JointFormat):
     """``bits`` bits of index for each weight, and a quarter of a bit or a little more of gain."""
 
     bits: int
 
+    unit = "a group"
     code_bits = 8
-    span = width = 1
     height = SIZE
     depth = SIZE + 1  # the point, as int8, then the gain; a point becomes its rank when it is stored
-    group_size = None
-    rotated = True
 
     @property
     def index_bytes(self) -> int:
@@ -60,12 +58,6 @@ class PVQFormat:
     def parse(name: str) -> PVQFormat | None:
         """``pvq2``; None when the name is of another family."""
         return PVQFormat(int(m[1])) if (m := _NAME.fullmatch(name)) else None
-
-    def groups(self, columns: int) -> int:
-        return 1
-
-    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-        return {}
 
     # -- codes --------------------------------------------------------------------------------------------------
 
@@ -81,8 +73,12 @@ class PVQFormat:
         return codes.view(-1, columns, self.depth).transpose(1, 2).reshape(-1, columns)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        pulses, scale = self.pulses(codes)
-        return (pulses.float() * scale[..., None]).transpose(1, 2).reshape(-1, codes.shape[1])
+        return self.dense(*self.pulses(codes))
+
+    @staticmethod
+    def dense(points: Tensor, scale: Tensor) -> Tensor:
+        """float32 ``(N, columns)`` from what :meth:`pulses` gives."""
+        return (points.float() * scale[..., None]).transpose(1, 2).reshape(-1, points.shape[1])
 
     def pulses(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The points int8 ``(N / 16, columns, 16)`` and what a pulse is worth, float32 ``(N / 16, columns)``."""
@@ -95,11 +91,10 @@ class PVQFormat:
     # -- disk ---------------------------------------------------------------------------------------------------
 
     def storage(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if rows % SIZE:
-            raise FormatError(f"N = {rows} is not a multiple of {SIZE}, the rows of a group; give it an integer format")
+        groups, _ = self.tiles(rows, columns)
         words = packed_words(columns, GAIN_BITS[self.bits])
-        return {"weight_index": ((rows // SIZE, self.index_bytes, columns), torch.uint8),
-                "weight_gain": ((rows // SIZE, words), torch.int32)}
+        return {"weight_index": ((groups, self.index_bytes, columns), torch.uint8),
+                "weight_gain": ((groups, words), torch.int32)}
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         columns = codes.shape[1]
@@ -111,11 +106,7 @@ class PVQFormat:
                 "weight_gain": pack_rows(gain, GAIN_BITS[self.bits])}
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
-        for name, (shape, dtype) in self.storage(rows, columns).items():
-            if (t := tensors.get(name)) is None:
-                raise FormatError(f"{name}: missing, {self.name} needs it; the checkpoint is incomplete")
-            if tuple(t.shape) != shape or t.dtype != dtype:
-                raise FormatError(f"{name}: got {tuple(t.shape)} {t.dtype}, {self.name} needs {shape} {dtype}")
+        require_stored(self.name, self.storage(rows, columns), tensors)
         index = tensors["weight_index"].transpose(1, 2)
         wide = np.zeros((*index.shape[:2], 8), dtype=np.uint8)
         wide[..., : self.index_bytes] = index.cpu().numpy()

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Params
+from fewbits.quant.formats.joint import JointFormat
+from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"rvq([2-4])")
 _CHUNK = 1 << 13  # vectors searched at a time: 128 MB for the scores of a beam
@@ -29,16 +29,14 @@ BEAM = 16
 
 
 @dataclass(frozen=True)
-class RVQFormat:
+class RVQFormat(JointFormat):
     """``bits`` bits a weight: a byte of each of ``bits`` codebooks for 8 of them."""
 
     bits: int
 
+    unit = "a vector"
     code_bits = 8
-    span = width = 1
     height = 8
-    group_size = None
-    rotated = True
 
     @property
     def depth(self) -> int:
@@ -53,15 +51,9 @@ class RVQFormat:
         """``rvq2``; None when the name is of another family."""
         return RVQFormat(int(m[1])) if (m := _NAME.fullmatch(name)) else None
 
-    def books(self, device: torch.device) -> Tensor:
-        """float32 ``(bits, 256, 8)``, exact in float16."""
-        return _codebooks(self.bits, device)
-
-    def groups(self, columns: int) -> int:
-        return 1
-
-    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-        return {}
+    def books(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(bits, 256, 8)``, exact in float16."""
+        return _codebooks(self.bits, device, dtype)
 
     # -- codes --------------------------------------------------------------------------------------------------
 
@@ -85,28 +77,21 @@ class RVQFormat:
     # -- disk ---------------------------------------------------------------------------------------------------
 
     def storage(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if rows % self.height:
-            raise FormatError(f"N = {rows} is not a multiple of {self.height}, the rows of a vector; give it an "
-                              "integer format")
-        return {"weight_codes": ((rows // self.height, self.bits, columns), torch.uint8)}
+        vectors, _ = self.tiles(rows, columns)
+        return {"weight_codes": ((vectors, self.bits, columns), torch.uint8)}
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         return {"weight_codes": codes.reshape(-1, self.bits, codes.shape[1]).contiguous()}
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
-        (shape, dtype), = self.storage(rows, columns).values()
-        if (packed := tensors.get("weight_codes")) is None:
-            raise FormatError(f"weight_codes: missing, {self.name} needs it; the checkpoint is incomplete")
-        if tuple(packed.shape) != shape or packed.dtype != dtype:
-            raise FormatError(f"weight_codes: got {tuple(packed.shape)} {packed.dtype}, {self.name} needs {shape} "
-                              f"{dtype}")
-        return packed.reshape(-1, columns), {}
+        require_stored(self.name, self.storage(rows, columns), tensors)
+        return tensors["weight_codes"].reshape(-1, columns), {}
 
 
 @functools.lru_cache(maxsize=8)
-def _codebooks(bits: int, device: torch.device) -> Tensor:
+def _codebooks(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     data = (resources.files("fewbits.quant.formats") / "rvq.safetensors").read_bytes()
-    return load(data)[f"rvq{bits}"].float().to(device)
+    return load(data)[f"rvq{bits}"].to(device, dtype)
 
 
 def beam_search(vectors: Tensor, books: Tensor, beam: int) -> Tensor:

@@ -19,29 +19,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.quant.errors import FormatError
-from fewbits.quant.types import Layout, Params
+from fewbits.quant.formats.joint import JointFormat
+from fewbits.quant.types import Layout, Params, require_stored
 from fewbits.quant.viterbi import search
 
 _NAME = re.compile(r"trellis([1-4])(?:_l(1[0-6]))?")
 _MULTIPLIER, _MEAN, _DEVIATION = 0x83DCD12D, 510, 147.8
 DEFAULT_STATE_BITS = 12
+HALF_BITS = (1.5, 2.5, 3.5)
+"""Widths of :func:`trellis_layout` between those of a format."""
 
 # The codebook is a little wider than what it codes: best for N(0, 1) at each width (benchmarks/distortion.py).
 _WIDTH = {1: 0.9, 2: 1.04, 3: 1.1, 4: 1.12}
 
 
 @dataclass(frozen=True)
-class TrellisFormat:
+class TrellisFormat(JointFormat):
     """``code_bits`` bits a weight; the search takes 2^``state_bits`` steps for each."""
 
     code_bits: int
     state_bits: int = DEFAULT_STATE_BITS
 
+    unit = "a trellis tile"
     span = width = 8
     height = depth = 32
-    group_size = None
-    rotated = True
 
     @property
     def name(self) -> str:
@@ -59,15 +60,6 @@ class TrellisFormat:
     def step(self) -> float:
         """What one unit of a hash is worth."""
         return _WIDTH[self.code_bits] / _DEVIATION
-
-    def groups(self, columns: int) -> int:
-        if columns % self.span:
-            raise FormatError(f"K = {columns} is not a multiple of {self.span}, the columns of a trellis tile; give it "
-                              "an integer format")
-        return 1
-
-    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
-        return {}
 
     # -- codes --------------------------------------------------------------------------------------------------
 
@@ -90,11 +82,7 @@ class TrellisFormat:
     # -- disk ---------------------------------------------------------------------------------------------------
 
     def storage(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        self.groups(columns)
-        if rows % self.height:
-            raise FormatError(f"N = {rows} is not a multiple of {self.height}, the rows of a trellis tile; give it an "
-                              "integer format")
-        return {"weight_trellis": ((rows // self.height, columns // self.span, 8 * self.code_bits), torch.int32)}
+        return {"weight_trellis": ((*self.tiles(rows, columns), 8 * self.code_bits), torch.int32)}
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         (shape, _), = self.storage(*codes.shape).values()
@@ -104,14 +92,10 @@ class TrellisFormat:
         return {"weight_trellis": torch.from_numpy(words).view(shape).to(codes.device)}
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
-        (shape, dtype), = self.storage(rows, columns).values()
-        if (packed := tensors.get("weight_trellis")) is None:
-            raise FormatError(f"weight_trellis: missing, {self.name} needs it; the checkpoint is incomplete")
-        if tuple(packed.shape) != shape or packed.dtype != dtype:
-            raise FormatError(f"weight_trellis: got {tuple(packed.shape)} {packed.dtype}, {self.name} needs {shape} "
-                              f"{dtype}")
+        require_stored(self.name, self.storage(rows, columns), tensors)
+        packed = tensors["weight_trellis"]
         octets = packed.cpu().contiguous().numpy().view("<u4").astype(">u4").view(np.uint8)
-        bits = np.unpackbits(octets, axis=-1).reshape(*shape[:2], -1, self.code_bits)
+        bits = np.unpackbits(octets, axis=-1).reshape(*packed.shape[:2], -1, self.code_bits)
         codes = np.packbits(bits, axis=-1)[..., 0] >> (8 - self.code_bits)
         return _from_tiles(torch.from_numpy(codes)).to(packed.device), {}
 

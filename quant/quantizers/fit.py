@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats, storable
-from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor, Rotation
+from fewbits.quant.rotation import Rotation, choose_rotation, rotate, rotate_stats, storable
+from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
 # is too small for torch to split over threads, so that chunks can be spread over threads instead.

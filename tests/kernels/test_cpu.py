@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits.kernels import dispatch, reference
+from fewbits.kernels import coded, dispatch, reference
 from fewbits.kernels.cpu import build
 from fewbits.kernels.cpu import int_matmul as cpu
 from fewbits.kernels.dispatch import prepare, select_kernel
@@ -23,10 +23,10 @@ needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C 
 @pytest.fixture
 def fresh():
     """Forget which library was loaded and which kernels can run, before and after."""
-    for cache in (build.load, dispatch._candidates):
+    for cache in (build.load, dispatch._candidates, coded._candidates):
         cache.cache_clear()
     yield
-    for cache in (build.load, dispatch._candidates):
+    for cache in (build.load, dispatch._candidates, coded._candidates):
         cache.cache_clear()
 
 

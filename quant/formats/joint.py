@@ -1,0 +1,41 @@
+"""What formats that code several rows, or columns, at once have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewbits.quant.errors import FormatError
+
+
+class JointFormat:
+    """Codes of tiles of ``height`` rows by ``span`` columns in a rotated basis, with no parameters beside them.
+
+    Attributes:
+        unit: what a tile is called.
+    """
+
+    unit: ClassVar[str]
+    height: ClassVar[int]
+    span: ClassVar[int] = 1
+    width: ClassVar[int] = 1
+    group_size = None
+    rotated = True
+
+    def groups(self, columns: int) -> int:
+        if columns % self.span:
+            raise FormatError(f"K = {columns} is not a multiple of {self.span}, the columns of {self.unit}; give it an "
+                              "integer format")
+        return 1
+
+    def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
+        return {}
+
+    def tiles(self, rows: int, columns: int) -> tuple[int, int]:
+        """Tiles that a weight has, one below the other and side by side; raises FormatError where some are cut."""
+        self.groups(columns)
+        if rows % self.height:
+            raise FormatError(f"N = {rows} is not a multiple of {self.height}, the rows of {self.unit}; give it an "
+                              "integer format")
+        return rows // self.height, columns // self.span
