@@ -22,6 +22,7 @@ from fewbits.quant.formats import parse_format
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
+from fewbits.quant.formats.vq import CodebookFormat, LowRankVQFormat, ProductFormat, VQFormat
 from fewbits.quant.types import Format
 
 Operands = list[Tensor]
@@ -60,6 +61,12 @@ def _points(tensors: Mapping[str, Tensor], fmt: PVQFormat, rows: int, columns: i
     return [t.contiguous() for t in fmt.pulses(fmt.unpack(tensors, rows, columns)[0])]
 
 
+def _looked_up(tensors: Mapping[str, Tensor], fmt: CodebookFormat, rows: int, columns: int) -> Operands:
+    """Indexes, and entries in float32."""
+    codes, params = fmt.unpack(tensors, rows, columns)
+    return [codes.contiguous(), fmt.books(params).contiguous()]
+
+
 FAMILIES: dict[type, Family] = {
     TrellisFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
@@ -67,6 +74,12 @@ FAMILIES: dict[type, Family] = {
     RVQFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]), _decode_stored,
         lambda o, f: cpu_rvq.dequantize(o[0], f)),
+    VQFormat: Family(
+        _looked_up, lambda o, f: (o[0].shape[0] // f.stages * f.length, o[0].shape[1]), lambda o, f: f.looked_up(*o),
+        lambda o, f: f.looked_up(*o)),
+    **dict.fromkeys((ProductFormat, LowRankVQFormat), Family(
+        _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(*o),
+        lambda o, f: f.looked_up(*o))),
     PVQFormat: Family(
         _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), lambda o, f: f.dense(*o),
         lambda o, f: cpu_pvq.dequantize(*o)),

@@ -37,6 +37,8 @@ class Format(Protocol):
         depth: rows of codes per height.
         group_size: columns that share parameters, or None for one group per row.
         rotated: whether it codes weights in a rotated basis, see :class:`Rotation`.
+        joint: whether rows or columns are coded jointly. Its parameters (codebooks), if it has any, are those of all
+            rows: ``(G, ...)`` in place of ``(N, G)``.
     """
 
     @property
@@ -55,6 +57,8 @@ class Format(Protocol):
     def group_size(self) -> int | None: ...
     @property
     def rotated(self) -> bool: ...
+    @property
+    def joint(self) -> bool: ...
 
     def groups(self, columns: int) -> int:
         """Groups that ``columns`` columns make; raises FormatError when they do not divide."""
@@ -64,14 +68,15 @@ class Format(Protocol):
         """Parameters for groups ``weight (..., g)``, each tensor of shape ``(...)``, as they will be stored.
 
         ``importance (..., g)`` (broadcastable, >= 0) weighs the squared error of each column; None fits the range.
+        A joint format takes all rows at once, ``weight (N, columns)`` and ``importance (columns,)``.
         """
         ...
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
         """Nearest codes (uint8) of ``values``; each parameter broadcasts against ``values``.
 
-        Of a format that codes rows or columns jointly, ``values (N, columns)`` become
-        ``(N / height * depth, columns / span * width)``.
+        Of a joint format, ``values (N, columns)`` become ``(N / height * depth, columns / span * width)``, int32 where
+        a code has more than 8 bits, and parameters are those of the groups that the columns lie in.
         """
         ...
 
@@ -80,7 +85,7 @@ class Format(Protocol):
         ...
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
-        """Tensors to store for codes, as :meth:`encode` shapes them, and parameters ``(N, G)``."""
+        """Tensors to store for codes and parameters, as :meth:`encode` and :meth:`fit` shape them."""
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -245,9 +250,13 @@ def natural_columns(stored: Tensor, order: Tensor) -> Tensor:
 
 def nominal_bits(fmt: Format) -> float:
     """Bits of codes for each weight; stored bits are more. Only models of widths may ask for it."""
-    if fmt.height == fmt.span == 1:
+    if not fmt.joint:
         return fmt.code_bits
-    return 8 * nbytes(fmt.storage(MAX_BLOCK, MAX_BLOCK)) / MAX_BLOCK**2
+    rows, columns = _LARGE * fmt.height, _LARGE * fmt.span  # codebooks are next to nothing
+    return 8 * nbytes(fmt.storage(rows, columns)) / (rows * columns)
+
+
+_LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -256,8 +265,8 @@ class Segment:
 
     Attributes:
         format: what the codes mean.
-        codes: ``(N / height * depth, columns / span * width)`` uint8.
-        params: parameters of the format, each ``(N, G)``.
+        codes: ``(N / height * depth, columns / span * width)`` uint8, or int32.
+        params: parameters of the format, each ``(N, G)``, or ``(G, ...)`` of a joint format.
     """
 
     format: Format
@@ -274,23 +283,23 @@ class Segment:
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, columns)``."""
-        if not self.params:
-            return self.format.decode(self.codes, {})
+        if self.format.joint:
+            return self.format.decode(self.codes, self.params)
         codes = self.codes.view(self.rows, self.format.groups(self.columns), -1)
         return self.format.decode(codes, {k: v.unsqueeze(-1) for k, v in self.params.items()}).view(self.rows, -1)
 
     @staticmethod
     def nearest(fmt: Format, values: Tensor, params: Params) -> Segment:
-        """The nearest codes of ``values (N, columns)``, given parameters ``(N, G)``."""
-        if not params:
-            return Segment(fmt, fmt.encode(values, {}), {})
+        """The nearest codes of ``values (N, columns)``, given parameters as :meth:`Format.fit` shapes them."""
+        if fmt.joint:
+            return Segment(fmt, fmt.encode(values, params), params)
         grouped = values.reshape(len(values), fmt.groups(values.shape[1]), -1)
         codes = fmt.encode(grouped, {k: v.unsqueeze(-1) for k, v in params.items()})
         return Segment(fmt, codes.view(values.shape), params)
 
     def cut(self, which: slice | Tensor) -> Segment:
         """Some rows; of rows that are coded jointly, a slice of whole tiles."""
-        params = {k: v[which] for k, v in self.params.items()}
+        params = self.params if self.format.joint else {k: v[which] for k, v in self.params.items()}
         if self.format.height > 1:
             assert isinstance(which, slice)
             start, stop, _ = which.indices(self.rows)
@@ -376,8 +385,10 @@ class QuantizedTensor:
             return parts[0]
         segments = []
         for pieces in zip(*(p.segments for p in parts)):
-            params = {k: torch.cat([s.params[k] for s in pieces]) for k in pieces[0].params}
-            segments.append(Segment(pieces[0].format, torch.cat([s.codes for s in pieces]), params))
+            fmt, params = pieces[0].format, pieces[0].params
+            if not fmt.joint:
+                params = {k: torch.cat([s.params[k] for s in pieces]) for k in params}
+            segments.append(Segment(fmt, torch.cat([s.codes for s in pieces]), params))
         assert all(p.rotation is None for p in parts), "rows are rotated as a whole"
         shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
         return QuantizedTensor(shape, tuple(segments), parts[0].permutation)

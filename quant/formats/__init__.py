@@ -10,6 +10,7 @@ from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
+from fewbits.quant.formats.vq import LowRankVQFormat, ProductFormat, VQFormat
 from fewbits.quant.types import Format, Layout
 
 FORMATS: dict[str, Callable[[str], Format | None]] = {
@@ -17,6 +18,9 @@ FORMATS: dict[str, Callable[[str], Format | None]] = {
     "trellis": TrellisFormat.parse,
     "rvq": RVQFormat.parse,
     "pvq": PVQFormat.parse,
+    "vq": VQFormat.parse,
+    "pq": ProductFormat.parse,
+    "lrvq": LowRankVQFormat.parse,
 }
 """Family -> parser of a format name (None when the name is not of that family)."""
 
@@ -35,6 +39,7 @@ def parse_format(name: str) -> Format:
 
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
 EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"{f}{b}" for f in ("rvq", "pvq") for b in range(2, 5)]
+EXAMPLES += ["vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
 
 
 _SORTED, _ROTATED = "perm:", "had:"

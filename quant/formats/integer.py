@@ -38,6 +38,7 @@ class IntFormat:
 
     span = width = height = depth = 1
     rotated = False
+    joint = False
 
     @property
     def name(self) -> str:

@@ -10,7 +10,8 @@ from fewbits.quant.errors import FormatError
 
 
 class JointFormat:
-    """Codes of tiles of ``height`` rows by ``span`` columns in a rotated basis, with no parameters beside them.
+    """Codes of tiles of ``height`` rows by ``span`` columns, in a rotated basis and with no parameters beside them
+    unless a family says otherwise.
 
     Attributes:
         unit: what a tile is called.
@@ -21,7 +22,8 @@ class JointFormat:
     span: ClassVar[int] = 1
     width: ClassVar[int] = 1
     group_size = None
-    rotated = True
+    rotated: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
 
     def groups(self, columns: int) -> int:
         if columns % self.span:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
+from fewbits.quant.quantizers.codebooks import Codebooks
 from fewbits.quant.rotation import Rotation, choose_rotation, rotate, rotate_stats, storable
-from fewbits.quant.types import Format, LayerStats, Layout, QuantizedTensor
+from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTensor
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
 # is too small for torch to split over threads, so that chunks can be spread over threads instead.
@@ -19,23 +20,38 @@ _CHUNK_WEIGHTS = 1 << 15
 
 
 def fit_layout(
-    weight: Tensor, importance: Tensor | None, layout: Layout
-) -> Iterator[tuple[tuple[Format, int], dict[str, Tensor], int]]:
-    """For each run of columns of ``weight (N, K)``: ``((format, columns), params (N, G), first column)``.
+    weight: Tensor, importance: Tensor | None, layout: Layout, codebooks: Codebooks | None = None
+) -> Iterator[tuple[tuple[Format, int], Params, int]]:
+    """For each run of columns of ``weight (N, K)``: ``((format, columns), params, first column)``.
 
-    ``importance (K,)`` weighs the squared error of each column in the clip search; None covers the full range.
+    Args:
+        importance: ``(K,)`` weighs the squared error of each column in the clip search; None covers the full range.
+        codebooks: the parameters of joint runs, which are those of more rows than these; None: of these.
     """
-    rows, start = weight.shape[0], 0
+    start = 0
     for fmt, columns in layout.runs:
-        groups = fmt.groups(columns)
-        run = weight[:, start : start + columns].reshape(rows, groups, -1)
-        run_importance = None if importance is None else importance[start : start + columns].reshape(groups, -1)
-        step = max(1, _CHUNK_WEIGHTS // columns)
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            chunks = [run[i : i + step] for i in range(0, rows, step)]
-            parts = list(pool.map(fmt.fit, chunks, [run_importance] * len(chunks)))
-        yield (fmt, columns), {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, start
-        start += columns
+        own = slice(start, start + columns)
+        if not fmt.joint:
+            params = _fit_groups(fmt, weight[:, own], None if importance is None else importance[own])
+        elif codebooks is None:
+            params = fmt.fit(weight[:, own], None if importance is None else importance[own])
+        else:
+            params = codebooks[start]
+        yield (fmt, columns), params, start
+        start = own.stop
+
+
+def _fit_groups(fmt: Format, weight: Tensor, importance: Tensor | None) -> Params:
+    """``(N, G)`` each, a few rows at a time."""
+    rows, columns = weight.shape
+    groups = fmt.groups(columns)
+    run = weight.reshape(rows, groups, -1)
+    run_importance = None if importance is None else importance.reshape(groups, -1)
+    step = max(1, _CHUNK_WEIGHTS // columns)
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        chunks = [run[i : i + step] for i in range(0, rows, step)]
+        parts = list(pool.map(fmt.fit, chunks, [run_importance] * len(chunks)))
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 
 Core = Callable[[Tensor, LayerStats | None, Layout], tuple[QuantizedTensor, dict[str, float]]]

@@ -15,6 +15,7 @@ time: no permutation and no group index is stored for it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
+from fewbits.quant.quantizers.codebooks import Codebooks, fit_codebooks, refit_codebooks, with_codebooks
 from fewbits.quant.quantizers.fit import fit_layout, in_coded_basis
 from fewbits.quant.quantizers.rtn import Clip
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
@@ -45,6 +47,7 @@ class GPTQ:
         clip: ``search`` shrinks group ranges to minimize the error weighted by ``diag(H)``.
         qep: strength in [0, 1] of the correction towards the outputs of the original model; 0 is off.
         qep_damp: damping of the correction's own solve.
+        refits: how often codebooks are fitted to their codes and the codes swept anew; a last fit follows.
         block_size: columns per lazy update. Speed only.
     """
 
@@ -53,6 +56,7 @@ class GPTQ:
     clip: Clip = "search"
     qep: Annotated[float, Field(ge=0, le=1)] = 0.0
     qep_damp: Annotated[float, Field(ge=0)] = 1.0
+    refits: Annotated[int, Field(ge=0)] = 2
     block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True
@@ -84,26 +88,44 @@ class GPTQ:
         correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
         lower, damp = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
         facts = {"damp": damp}
-        parts, moved, size = [], 0.0, 0.0
-        for rows in weight.split(max(1, _CHUNK_WEIGHTS // (weight.shape[1] * layout.height)) * layout.height):
-            original = rows.float().masked_fill(dead, 0)
-            target = original
-            if correction is not None:
-                target = torch.addmm(original, original, correction).masked_fill(dead, 0)
-                moved += float((target - original).square().sum())
-                size += float(original.square().sum())
-            # the grid is that of the original weights, whatever the target
-            fits = list(fit_layout(original, importance if self.clip == "search" else None, layout))
-            parts.append(self._quantize_rows(target, fits, lower, order))
+        blocks = weight.split(max(1, _CHUNK_WEIGHTS // (weight.shape[1] * layout.height)) * layout.height)
+
+        def originals() -> Iterator[Tensor]:
+            return (rows.float().masked_fill(dead, 0) for rows in blocks)
+
+        def targets() -> Iterator[Tensor]:
+            for rows in originals():
+                yield rows if correction is None else torch.addmm(rows, rows, correction).masked_fill(dead, 0)
+
+        def sweep(books: Codebooks) -> QuantizedTensor:
+            parts = []
+            for rows, target in zip(originals(), targets()):
+                # the grid is that of the original weights, whatever the target
+                fits = fit_layout(rows, importance if self.clip == "search" else None, layout, books)
+                parts.append(self._quantize_rows(target, list(fits), lower, order))
+            return QuantizedTensor.concat_rows(parts)
+
+        books = fit_codebooks(weight, importance, layout)
+        made = sweep(books)
+        if any(books.values()):
+            hessian = stats.hessian
+            hessian.diagonal().copy_(importance + damp * importance.mean())
+            for _ in range(self.refits):
+                books = refit_codebooks(made, targets, hessian, books)
+                made = sweep(books)
+            made = with_codebooks(made, refit_codebooks(made, targets, hessian, books))
         if correction is not None:
+            size = sum(float(rows.square().sum()) for rows in originals())
+            moved = sum(float((t - rows).square().sum()) for rows, t in zip(originals(), targets()))
             facts["qep_shift"] = (moved / size) ** 0.5 if size else 0.0
-        return QuantizedTensor.concat_rows(parts), facts
+        return made, facts
 
     def _quantize_rows(self, target: Tensor, fits: list, lower: Tensor, order: Tensor) -> QuantizedTensor:
         columns = []
         for (fmt, n), params, _ in fits:
             for g in range(groups := fmt.groups(n)):
-                shared = (fmt, {k: v[:, g].float().contiguous() for k, v in params.items()})
+                own = slice(g, g + 1) if fmt.joint else (slice(None), g)
+                shared = (fmt, {k: v[own].float().contiguous() for k, v in params.items()})
                 columns += [shared] * (n // groups)
         swept = self._sweep(target.T.index_select(0, order), lower, [columns[i] for i in order.tolist()])
         codes = dict(zip(order.tolist(), swept))
@@ -135,7 +157,7 @@ class GPTQ:
             k = a
             while k < b:
                 i, (fmt, params) = k - a, columns[k]
-                if fmt.span == 1 and fmt.height == 1:
+                if not fmt.joint:
                     v = torch.addmv(value[i], error[a:k].T, inner[i, :i]) if i else value[i]
                     code = fmt.encode(v, params)
                     codes[k] = code[:, None]

@@ -1,0 +1,110 @@
+"""Codebooks of joint formats: made from the weight, and refitted to its codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fewbits.quant.formats.vq import CodebookFormat
+from fewbits.quant.types import Layout, Params, QuantizedTensor, Segment
+
+Codebooks = dict[int, Params]
+"""First column of a run of a joint format -> what its codes share."""
+
+_CHUNK_WEIGHTS = 1 << 21
+_STEPS = 20
+_ENOUGH = 1e-8  # of the squared residual of the normal equations
+
+
+def fit_codebooks(weight: Tensor, importance: Tensor | None, layout: Layout) -> Codebooks:
+    """Of every joint run of ``weight (N, K)``, errors weighed by ``importance (K,)``."""
+    out: Codebooks = {}
+    start = 0
+    for fmt, columns in layout.runs:
+        if fmt.joint:
+            own = slice(start, start + columns)
+            out[start] = fmt.fit(weight[:, own], None if importance is None else importance[own])
+        start += columns
+    return out
+
+
+def refit_codebooks(
+    made: QuantizedTensor, targets: Callable[[], Iterable[Tensor]], hessian: Tensor, codebooks: Codebooks
+) -> Codebooks:
+    """Codebooks that make ``tr((W - Q) H (W - Q)^T)`` least for the codes of ``made``, one run after another.
+
+    With ``Q = D(c)``, linear in the codebook c, these are the normal equations ``D^T(D(c) H) = D^T(W H)``; conjugate
+    gradients solve them for the change of c, without ever forming the matrix.
+
+    Args:
+        made: the codes, in the basis of ``hessian``.
+        targets: the rows of W from top to bottom, in blocks.
+        hessian: ``(K, K)``, positive definite.
+    """
+    out, start = dict(codebooks), 0
+    for segment in made.segments:
+        fmt, own = segment.format, slice(start, start + segment.columns)
+        start = own.stop
+        if not isinstance(fmt, CodebookFormat):
+            continue
+        params = out[own.start]
+
+        def pulled(blocks: Iterable[Tensor], codes: Tensor = segment.codes, fmt: CodebookFormat = fmt,
+                   params: Params = params) -> Tensor:
+            """``D^T`` of an ``(N, columns)`` that comes in blocks of rows."""
+            total, at = torch.zeros(params["codebook"].shape, device=codes.device), 0
+            for block in blocks:
+                n = len(block) // fmt.height * fmt.depth
+                total += fmt.adjoint(codes[at : at + n], block, params)
+                at += n
+            return total
+
+        def normal(change: Tensor, codes: Tensor = segment.codes, fmt: CodebookFormat = fmt,
+                   params: Params = params, own: slice = own) -> Tensor:
+            moved = {**params, "codebook": change}
+            step = max(1, _CHUNK_WEIGHTS // (own.stop - own.start) // fmt.height) * fmt.depth
+            return pulled(fmt.decode(part, moved) @ hessian[own, own] for part in codes.split(step))
+
+        sizes = [len(t) for t in targets()]
+        right = pulled((target - part.dequantize()) @ hessian[:, own]
+                       for target, part in zip(targets(), made.split_rows(sizes)))
+        scale = pulled(hessian.diagonal()[own].expand(n, -1) for n in sizes)
+        change = conjugate_gradients(normal, right, scale)
+        limit = torch.finfo(torch.float16).max
+        book = (params["codebook"].float() + change).clamp(-limit, limit).half()
+        out[own.start] = {**params, "codebook": book}
+        made = with_codebooks(made, out)
+    return out
+
+
+def with_codebooks(made: QuantizedTensor, codebooks: Codebooks) -> QuantizedTensor:
+    """The same codes with other codebooks."""
+    segments, start = [], 0
+    for segment in made.segments:
+        segments.append(Segment(segment.format, segment.codes, codebooks.get(start, segment.params)))
+        start += segment.columns
+    return QuantizedTensor(made.shape, tuple(segments))
+
+
+def conjugate_gradients(matrix: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor) -> Tensor:
+    """``x`` with ``matrix(x) = right``, nearly: at most 20 steps from 0, preconditioned by a ``diagonal`` >= 0.
+
+    Where the diagonal is 0 (an entry that no code uses) x stays 0.
+    """
+    inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=1e-30), torch.zeros_like(diagonal))
+    x, residual = torch.zeros_like(right), right.clone()
+    direction = inverse * residual
+    power = first = float((residual * direction).sum())
+    for _ in range(_STEPS):
+        if not power > _ENOUGH * first:
+            break
+        image = matrix(direction)
+        length = power / float((direction * image).sum())
+        x += length * direction
+        residual -= length * image
+        scaled = inverse * residual
+        before, power = power, float((residual * scaled).sum())
+        direction = scaled + power / before * direction
+    return x
