@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.quant.quantizers.codebooks import Codebooks, fit_codebooks
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.gptq import reverse_cholesky, revived
 from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats, rotated_back
@@ -74,6 +75,9 @@ def feedback_damage(
     def damage(layout: Layout) -> float:
         if layout.rotated and basis is not None:
             return basis.damage(layout, c)
+        if layout.whole:  # neighbouring rows, and codebooks that are made for all of them
+            every = weight.float().masked_fill(dead, 0)
+            return 0.5 * float(c @ ((every - rounded(every, importance, layout)).square() @ conditional))
         return scale * float(own @ ((rows - rounded(rows, importance, layout)).square() @ conditional))
 
     return [damage(layout) for layout in layouts]
@@ -84,12 +88,12 @@ class _Rotated:
     """A weight in the basis of rotated layouts, where the errors of all rows are alike.
 
     Attributes:
-        rows: some rows as they are coded, ``(32, K)``.
+        weight: as it is coded, ``(N, K)``.
         factor: ``R (K, K)`` of the Hessian of the rotated inputs, ``H = R R^T``.
         out_scale: ``(N,)``: errors in row i are larger by it once they are rotated back.
     """
 
-    rows: Tensor
+    weight: Tensor
     factor: Tensor
     out_scale: Tensor
 
@@ -99,8 +103,7 @@ class _Rotated:
         rotation = choose_rotation(weight, stats, seed=0)
         inputs, order = rotate_stats(stats, rotation), torch.arange(weight.shape[1], device=weight.device)
         lower, _ = reverse_cholesky(inputs.xtx, max(stats.n_tokens, 1), order, damp)
-        rows = rotate(weight, rotation)[:ROTATED_ROWS]
-        return _Rotated(rows, lower.flip(0, 1), rotation.out_scale.float())
+        return _Rotated(rotate(weight, rotation), lower.flip(0, 1), rotation.out_scale.float())
 
     def damage(self, layout: Layout, c: Tensor) -> float:
         """``1/2 sum_i c_i out_i^2 sum_j D_j E[e_j^2]``; of columns coded jointly, D is the diagonal of a block."""
@@ -110,7 +113,9 @@ class _Rotated:
             own = slice(i, i + span)
             conditional[own] = self.factor[own, own].square().sum(1)
             i += span
-        error = (self.rows - _nearest(self.rows, None, layout)).square().mean(0)
+        rows = self.weight[: -(-ROTATED_ROWS // layout.height) * layout.height]
+        codebooks = fit_codebooks(self.weight, None, layout)
+        error = (rows - _nearest(rows, None, layout, codebooks)).square().mean(0)
         return 0.5 * float(c @ self.out_scale.square()) * float(error @ conditional)
 
 
@@ -131,9 +136,11 @@ def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor
     return _nearest(weight, importance, layout)
 
 
-def _nearest(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor:
+def _nearest(
+    weight: Tensor, importance: Tensor | None, layout: Layout, codebooks: Codebooks | None = None
+) -> Tensor:
     """The nearest values of the runs of a layout, in whatever order and basis ``weight`` is."""
     runs = []
-    for (fmt, columns), params, start in fit_layout(weight, importance, layout):
+    for (fmt, columns), params, start in fit_layout(weight, importance, layout, codebooks):
         runs.append(Segment.nearest(fmt, weight[:, start : start + columns], params).dequantize())
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)

@@ -6,9 +6,11 @@ changes; ``Recipe.to_toml`` writes all of them, and that file is what a checkpoi
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
@@ -54,8 +56,9 @@ Bits = Annotated[int | float, pydantic.PlainValidator(_bits, json_schema_input_t
 class Weights(_Table):
     """Which format weights get."""
 
-    family: Literal["int", "trellis", "rvq", "pvq"] = Field(
-        "int", description="integers, or codes of rotated weights: trellis, residual vectors, pyramid vectors"
+    family: Literal["int", "trellis", "rvq", "pvq", "vq", "lrvq"] = Field(
+        "int", description="integers; codes of rotated weights: trellis, residual (rvq) and pyramid vectors (pvq); "
+                           "vectors with codebooks of their own (vq; lrvq: of low rank)"
     )
     bits: Bits = Field(4, description="of a code; trellis: 1 to 4, also in steps of a half")
     group_size: Annotated[int, Field(ge=1)] | Literal["auto", "row"] = Field(
@@ -63,6 +66,12 @@ class Weights(_Table):
     )
     symmetric: bool = Field(False, description="int: no zero points")
     scale_dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="int")
+    rotated: bool = Field(False, description="int, vq, lrvq: code a rotated weight; the other families do anyway")
+    vector: Annotated[int, Field(ge=2, le=32)] = Field(4, description="vq, lrvq: weights in a vector")
+    rank: Annotated[int, Field(ge=1)] = Field(3, description="lrvq: of the codebook, at most the weights in a vector")
+    outliers: Annotated[float, Field(ge=0, lt=50)] = Field(
+        0.0, description="vq: percent of the columns, those with the largest inputs, that get twice the bits"
+    )
     state_bits: Annotated[int, Field(ge=10, le=16)] = Field(
         DEFAULT_STATE_BITS, description="trellis: quality against time, which doubles with each"
     )
@@ -73,14 +82,37 @@ class Weights(_Table):
             raise ValueError(f"got {self.bits} bits, trellis codes have 1 to 4; set format.family = 'int'")
         if self.family in ("rvq", "pvq") and self.bits not in (2, 3, 4):
             raise ValueError(f"got {self.bits} bits, {self.family} has 2, 3 or 4; set format.family = 'trellis'")
+        if self.family in ("vq", "lrvq"):
+            self._codebook_format()
+        if self.outliers and (self.family != "vq" or self.rotated):
+            raise ValueError(f"got {self.outliers} % of outliers, needed family vq without rotation, which leaves "
+                             "no column larger than others; set format.outliers = 0")
+        if self.rank > self.vector and self.family == "lrvq":
+            raise ValueError(f"got rank {self.rank}, needed at most the {self.vector} weights of a vector")
         if self.family == "int" and self.bits % 1:
             raise ValueError(f"got {self.bits} bits, integers have 1 to 8 whole ones; give a budget, --bpw {self.bits}")
         return self
+
+    def _codebook_format(self, times: int = 1) -> str:
+        """The name of the vector format at ``times`` the bits; raises ValueError when there is none.
+
+        Indexes of a byte are the easiest to read, so up to 4 codebooks of 256 come before a larger one.
+        """
+        index, stages = float(self.bits * self.vector * times), 1
+        if self.family == "vq" and index % 8 == 0 and index <= 32:
+            index, stages = 8.0, int(index // 8)
+        if index % 1 or not 8 <= index <= 16:
+            raise ValueError(f"got {self.bits} bits and vectors of {self.vector}, needed indexes of 8 to 16 bits in "
+                             "all" + (", or 24 or 32" if self.family == "vq" else "") + "; set format.vector")
+        tail = f"_d{self.rank}" if self.family == "lrvq" else ""
+        return f"{self.family}{int(index)}{f'x{stages}' if stages > 1 else ''}_v{self.vector}{tail}"
 
     def for_columns(self, columns: int) -> Layout:
         """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
         if self.family == "trellis":
             layout = trellis_layout(self.bits, self.state_bits, columns)
+        elif self.family in ("vq", "lrvq"):
+            layout = self._of_codebooks(columns)
         elif self.family != "int":
             layout = Layout.of(parse_format(f"{self.family}{self.bits}"), columns)
         else:
@@ -92,7 +124,13 @@ class Weights(_Table):
             layout = Layout.of(IntFormat(bits, group, self.symmetric, getattr(torch, self.scale_dtype)), columns)
         for fmt, n in layout.runs:
             fmt.groups(n)
-        return layout
+        return dataclasses.replace(layout, rotated=self.rotated or layout.rotated)
+
+    def _of_codebooks(self, columns: int) -> Layout:
+        inner = parse_format(self._codebook_format())
+        if not (outer := math.ceil(columns * self.outliers / 100)):
+            return Layout.of(inner, columns)
+        return Layout(((parse_format(self._codebook_format(2)), outer), (inner, columns - outer)), permuted=True)
 
 
 class Calibration(_Table):
@@ -212,18 +250,16 @@ class Recipe(_Table):
         """
         if self.plan:
             return self._planned(name, columns, kind) if name in self.plan else None
-        fmt = None
         if (rule := self.rule_for(name)) is not None:
             if rule == "keep":
                 return None
-            fmt = parse_format(rule)
         elif self.keeps(name) or (is_head and not self.lm_head) or (kind == "embedding" and not self.embeddings):
             return None
         try:
-            if fmt is None:
-                return _looked_up_or_not(self.format.for_columns(columns), kind)
-            fmt.groups(columns)
-            return _looked_up_or_not(Layout.of(fmt, columns), kind)
+            layout = self.format.for_columns(columns) if rule is None else parse_layout(rule, columns)
+            for fmt, n in layout.runs:
+                fmt.groups(n)
+            return _looked_up_or_not(layout, kind)
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
 
@@ -281,9 +317,9 @@ def _looked_up_or_not(layout: Layout, kind: str) -> Layout:
     if kind == "embedding" and layout.permuted:
         raise FormatError(f"got {layout_name(layout)}, an embedding has no input to sort its columns by; give it a "
                           "layout without perm:")
-    if kind == "embedding" and layout.rotated:
-        raise FormatError(f"got {layout_name(layout)}, an embedding is looked up row by row and a rotation mixes rows; "
-                          "give it an integer format")
+    if kind == "embedding" and layout.whole:
+        raise FormatError(f"got {layout_name(layout)}, an embedding is looked up row by row and its rows are coded "
+                          "together; give it an integer format")
     return layout
 
 

@@ -32,9 +32,7 @@ def quantize_step(
         for layout, names in assignment.by_layout(group).items():
             for name in names:
                 check_finite(name, block.weights[name])
-            # a rotation mixes the rows of a weight, and a codebook is made for it
-            alone = layout.rotated or any(fmt.joint for fmt, _ in layout.runs)
-            for stack in [[n] for n in names] if alone else [names]:
+            for stack in [[n] for n in names] if layout.whole else [names]:
                 weights = [block.weights[n] for n in stack]
                 stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
                 whole, extra = quantizer.quantize(stacked, own, layout, seed=seed)

@@ -151,6 +151,11 @@ class Layout:
         return sum(n for _, n in self.runs)
 
     @property
+    def whole(self) -> bool:
+        """Whether rows and columns are coded together, so that no part of the weight means anything by itself."""
+        return self.rotated or any(fmt.joint for fmt, _ in self.runs)
+
+    @property
     def height(self) -> int:
         """Rows that can only be cut out together, whatever the rotation says."""
         return math.lcm(*(fmt.height for fmt, _ in self.runs))
@@ -170,7 +175,7 @@ class Layout:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Names of the tensors that are stored, and their dtypes, whatever the number of rows."""
-        return {name: dtype for name, (_, dtype) in self.storage(MAX_BLOCK).items()}
+        return {name: dtype for name, (_, dtype) in self.storage(MAX_BLOCK * self.height).items()}
 
     def storage(self, rows: int) -> Stored:
         """Every tensor that is stored of ``rows`` rows, without making any."""

@@ -224,8 +224,8 @@ def _stock_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
 
 
 def _plugin_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
-    """The plug-in packs parts again, so that only groups must stay whole; and what is rotated."""
-    if layout.rotated:
+    """The plug-in packs parts again, so that only groups must stay whole; and what is coded together."""
+    if layout.whole:
         return ranks == 1
     if style.startswith("rowwise"):
         return ranks in column_splits(layout, _MOST_RANKS)

@@ -26,16 +26,16 @@ def take_rows(tensors: Packed, layout: Layout, rows: Tensor) -> dict[str, Tensor
     Raises:
         FormatError: some rows of a weight that is coded as a whole.
     """
-    if layout.rotated:
+    if layout.whole:
         if len(rows) == int(tensors["weight_shape"][0]):
             return dict(tensors)
-        raise FormatError("the rotation mixes all rows, so they cannot be split over devices")
+        raise FormatError("its rows are coded together, so they cannot be split over devices")
     return _by_rows([tensors], layout, lambda parts: parts[0].index_select(0, rows))
 
 
 def stackable(layout: Layout) -> bool:
-    """Whether matrices of a layout can be one: neither sorted nor rotated, which each does by itself."""
-    return not layout.permuted and not layout.rotated
+    """Whether matrices of a layout can be one: neither sorted nor coded as a whole, which each is by itself."""
+    return not layout.permuted and not layout.whole
 
 
 def stack_rows(parts: Sequence[Packed], layout: Layout) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def take_columns(tensors: Packed, layout: Layout, start: int, stop: int) -> tupl
     if (start, stop) == (0, layout.columns):
         return dict(tensors), layout
     if not stackable(layout):
-        how = "sorted" if layout.permuted else "rotated"
+        how = "sorted" if layout.permuted else "coded together"
         raise FormatError(f"the columns are {how}, so they cannot be split over devices")
     rows = int(tensors["weight_shape"][0])
     out: dict[str, Tensor] = {}
@@ -122,5 +122,5 @@ def _uncut(layout: Layout, parts: int) -> bool:
 
 
 def _integer(fmt: object) -> IntFormat:
-    assert isinstance(fmt, IntFormat), "the only family that is not rotated"
+    assert isinstance(fmt, IntFormat), "the only family that is not coded as a whole"
     return fmt

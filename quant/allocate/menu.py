@@ -129,8 +129,8 @@ def build_menu(recipe: Recipe, streamed: StreamedModel) -> dict[str, dict[str, L
     for name in _outside(recipe, streamed) if ENGINES[recipe.allocate.target].outside else []:
         target = streamed.targets[name]
         entries = _entries(wanted, name, target.shape, None, recipe.allocate)
-        if target.kind == "embedding":  # looked up row by row, which a rotation mixes
-            entries = {e: layout for e, layout in entries.items() if not layout.rotated}
+        if target.kind == "embedding":  # looked up row by row
+            entries = {e: layout for e, layout in entries.items() if not layout.whole}
         if entries:
             out[name] = entries
     return out

@@ -56,7 +56,7 @@ class GPTQ:
     clip: Clip = "search"
     qep: Annotated[float, Field(ge=0, le=1)] = 0.0
     qep_damp: Annotated[float, Field(ge=0)] = 1.0
-    refits: Annotated[int, Field(ge=0)] = 2
+    refits: Annotated[int, Field(ge=0)] = 1
     block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True

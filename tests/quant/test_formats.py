@@ -370,7 +370,7 @@ def test_contract(family: str) -> None:
         weight = weights(rows, columns) * (20 if fmt.rotated else 1)
         codes, params = fitted(fmt, weight)
         assert codes.dtype == (torch.uint8 if fmt.code_bits <= 8 else torch.int32)
-        assert 0 <= int(codes.min()) and int(codes.max()) < 1 << fmt.code_bits
+        assert int(codes.min()) >= 0 and int(codes.max()) < 1 << fmt.code_bits
         assert fmt.joint or all(v.shape == (rows, fmt.groups(columns)) for v in params.values())
         stored = fmt.pack(codes, params)
         assert {k: (tuple(t.shape), t.dtype) for k, t in stored.items()} == fmt.storage(rows, columns)

@@ -285,7 +285,7 @@ def test_it_is_a_candidate_for_a_budget(tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "match"), [
-    ({"embeddings": True}, "an embedding is looked up row by row and a rotation mixes rows"),
+    ({"embeddings": True}, "an embedding is looked up row by row and its rows are coded together"),
     ({"rules": [{"match": "model.embed_tokens", "format": "trellis2"}]}, "an embedding is looked up row by row"),
     ({"budget.bpw": 3.0, "allocate.formats": ["trellis2", "int4"], "allocate.target": "vllm"}, "vllm does not read"),
     ({"budget.bpw": 3.0, "allocate.formats": ["trellis2"], "allocate.unit": "columns", "allocate.column_group": 32,
