@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks import protocol
-from fewbits.quant.formats.rvq import BEAM, RVQFormat, beam_search
+from fewbits.quant.beam import beam_search
+from fewbits.quant.formats.rvq import BEAM, RVQFormat
 
 ENTRIES, FADING = 256, 0.75
 

@@ -60,6 +60,12 @@ LIBRARIES = {
     "viterbi": Library("trellis codes are searched for in plain torch, many times slower", {
         "fewbits_viterbi": [_POINTER, _POINTER, _POINTER, _LONG, _INT, _INT, _INT],
     }, flags=("-ffp-contract=off",)),
+    "beam": Library("residual vector codes are searched for in plain torch, many times slower", {
+        "fewbits_beam": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT, _LONG, _LONG, _INT, _INT],
+    }),
+    "pyramid": Library("pyramid vectors are searched for in plain torch, many times slower", {
+        "fewbits_pyramid": [_POINTER, _POINTER, _LONG, _INT, _INT],
+    }),
     "trellis_matmul": Library("layers of trellis codes run in plain torch, many times slower", {
         "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
         "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],

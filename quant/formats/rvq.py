@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from fewbits.quant.beam import Codebooks
 from fewbits.quant.formats.joint import JointFormat
 from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"rvq([2-4])")
-_CHUNK = 1 << 13  # vectors searched at a time: 128 MB for the scores of a beam
 
 BEAM = 16
 """Partial sums that are kept after each stage. A greedy search (1) has a tenth more error."""
@@ -61,8 +61,7 @@ class RVQFormat(JointFormat):
         """Codes ``(N / 8 * bits, columns)`` of ``values (N, columns)``."""
         rows, columns = values.shape
         vectors = values.float().reshape(-1, self.height, columns).transpose(1, 2).reshape(-1, self.height)
-        books = self.books(values.device)
-        codes = torch.cat([beam_search(part, books, BEAM) for part in vectors.split(_CHUNK)])
+        codes = _searched(self.bits, values.device).search(vectors, BEAM).to(torch.uint8)
         return codes.view(-1, columns, self.bits).transpose(1, 2).reshape(-1, columns)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -94,27 +93,6 @@ def _codebooks(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return load(data)[f"rvq{bits}"].to(device, dtype)
 
 
-def beam_search(vectors: Tensor, books: Tensor, beam: int) -> Tensor:
-    """Codes uint8 ``(V, stages)`` of ``vectors (V, d)``: entries of ``books (stages, k, d)`` that add up to them.
-
-    After each stage the ``beam`` best partial sums are kept. Then each stage in turn takes the best entry given the
-    others, as long as that changes anything, at most 3 times.
-    """
-    residual, codes = vectors[:, None], torch.empty(len(vectors), 1, 0, dtype=torch.long, device=vectors.device)
-    for book in books:
-        scores = book.square().sum(1) - 2 * residual @ book.T + residual.square().sum(-1, keepdim=True)  # (V, B, k)
-        kept = scores.flatten(1).topk(min(beam, scores[0].numel()), largest=False).indices
-        parent, entry = kept // len(book), kept % len(book)
-        residual = residual.gather(1, parent[..., None].expand(-1, -1, residual.shape[-1])) - book[entry]
-        codes = torch.cat([codes.gather(1, parent[..., None].expand(-1, -1, codes.shape[-1])), entry[..., None]], -1)
-    best = codes[:, 0]  # topk sorts
-    for _ in range(3):
-        before = best.clone()
-        total = torch.stack([book[best[:, m]] for m, book in enumerate(books)]).sum(0)
-        for m, book in enumerate(books):
-            others = total - book[best[:, m]]
-            best[:, m] = (book.square().sum(1) - 2 * (vectors - others) @ book.T).argmin(1)
-            total = others + book[best[:, m]]
-        if torch.equal(best, before):
-            break
-    return best.to(torch.uint8)
+@functools.lru_cache(maxsize=8)
+def _searched(bits: int, device: torch.device) -> Codebooks:
+    return Codebooks.of(_codebooks(bits, device, torch.float32))

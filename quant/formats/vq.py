@@ -23,9 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.quant.beam import Codebooks
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
 from fewbits.quant.formats.joint import JointFormat
-from fewbits.quant.formats.rvq import beam_search
 from fewbits.quant.kmeans import assign, kmeans
 from fewbits.quant.types import Params, Stored, require_stored
 
@@ -160,7 +160,8 @@ class VQFormat(CodebookFormat):
         columns = values.shape[1]
         books = params["codebook"].float().view(self.stages, self.entries, self.length)
         vectors = self._vectors(values.float())
-        found = assign(vectors, books[0])[0][:, None] if self.stages == 1 else beam_search(vectors, books, BEAM)
+        one = self.stages == 1
+        found = assign(vectors, books[0])[0][:, None] if one else Codebooks.of(books).search(vectors, BEAM)
         return self._codes(found.view(-1, columns, self.stages).transpose(1, 2).reshape(-1, columns))
 
     def looked_up(self, codes: Tensor, books: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fewbits
+from fewbits.kernels.cpu import search as compiled
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import parse_format, parse_layout
 from fewbits.quant.formats.pvq import (
@@ -19,6 +20,7 @@ from fewbits.quant.formats.pvq import (
     PULSES,
     SIZE,
     PVQFormat,
+    _project,
     counts,
     gain_grid,
     project,
@@ -148,3 +150,14 @@ def test_from_a_recipe_to_logits(tiny, tmp_path: Path) -> None:
     with torch.no_grad():
         for part in (ids, ids[:, :3]):
             torch.testing.assert_close(packed(part).logits, dense(part).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not compiled.has_pyramid(), reason="no C compiler")
+@pytest.mark.parametrize("pulses", [12, 27, 58])
+def test_compiled_projection_is_that_of_torch(pulses: int) -> None:
+    vectors = torch.randn(4000, SIZE, generator=torch.Generator().manual_seed(9))
+    fast, slow = project(vectors, pulses), _project(vectors, pulses)
+    assert float((fast == slow).all(1).float().mean()) > 0.999
+    assert bool((fast.abs().sum(1) == pulses).all())
+    turned = [float((vectors * p).sum(1).div(p.float().norm(dim=1)).mean()) for p in (fast, slow)]
+    assert turned[0] == pytest.approx(turned[1], rel=1e-5)

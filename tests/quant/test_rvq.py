@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import fewbits
+from fewbits.kernels.cpu import search as compiled
+from fewbits.quant.beam import Codebooks, beam_search
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import parse_format, parse_layout
-from fewbits.quant.formats.rvq import BEAM, RVQFormat, beam_search
+from fewbits.quant.formats.rvq import BEAM, RVQFormat
 from fewbits.quant.quantizers import GPTQ, RTN
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, proxy_loss
 
@@ -116,3 +118,33 @@ def test_from_a_recipe_to_logits(tiny, tmp_path: Path) -> None:
 def test_bits_that_it_has_not(tiny, tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="rvq has 2, 3 or 4"):
         fewbits.quantize(tiny("llama"), tmp_path / "q", recipe="rvq", overrides=SETTINGS | settings)
+
+
+@pytest.mark.skipif(not compiled.has_beam(), reason="no C compiler")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compiled_search_finds_what_torch_finds(bits: int) -> None:
+    vectors, books = normal(3000, 8, seed=6), RVQFormat(bits).books(torch.device("cpu"))
+    fast, slow = Codebooks.of(books).search(vectors, BEAM), beam_search(vectors, books, BEAM)
+    assert float((fast == slow).all(1).float().mean()) > 0.995  # sums in another order end a tie another way
+    lost = [float(errors(vectors, books, codes).mean()) for codes in (fast, slow)]
+    assert lost[0] == pytest.approx(lost[1], rel=1e-4)
+
+
+@pytest.mark.skipif(not compiled.has_beam(), reason="no C compiler")
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_compiled_wide_beam_finds_the_best_sum_of_all(stages: int) -> None:
+    books, vectors = normal(stages, 16, 5, seed=1), normal(40, 5)
+    every = torch.tensor(list(itertools.product(range(16), repeat=stages)))
+    sums = torch.stack([book[every[:, m]] for m, book in enumerate(books)]).sum(0)
+    best = torch.cdist(vectors, sums).square().amin(1)
+    found = Codebooks.of(books).search(vectors, 5000)
+    torch.testing.assert_close(errors(vectors, books, found), best, rtol=1e-4, atol=1e-4)
+
+
+def test_the_search_does_not_depend_on_threads() -> None:
+    vectors, books = normal(500, 8, seed=6), Codebooks.of(RVQFormat(3).books(torch.device("cpu")))
+    one = books.search(vectors, BEAM)
+    torch.set_num_threads(2)
+    two = books.search(vectors, BEAM)
+    torch.set_num_threads(1)
+    assert torch.equal(one, two)

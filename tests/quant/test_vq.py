@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import fewbits
 from fewbits.quant.errors import FewbitsError, FormatError
 from fewbits.quant.formats import parse_format, parse_layout
 from fewbits.quant.formats.vq import CodebookFormat, LowRankVQFormat, ProductFormat, VQFormat
