@@ -23,6 +23,9 @@ from fewbits.quant.targets import Target, read_weight
 
 Progress = Callable[[str, int, int], None]
 
+CURVATURE_ROWS = 16
+"""Calibration rows that gradients are taken over: changes numbers by their noise."""
+
 
 class OutputTap(TorchFunctionMode):
     """While active, calls ``on_output(name, y)`` after a product with a watched weight, found as in ``InputTap``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.calibration.blockscores import block_scores
-from fewbits.calibration.curvature import output_curvature
+from fewbits.calibration.curvature import CURVATURE_ROWS, output_curvature
 from fewbits.calibration.feedback import (
     column_shares,
     conditional_curvature,
@@ -23,7 +23,7 @@ from fewbits.calibration.survey import Losses, Survey
 from fewbits.quant.targets import as_matrix, find_targets, read_weight
 from fewbits.quant.types import Layout, nominal_bits
 
-CURVATURE_ROWS, GRADIENT_ROWS = 16, 8
+GRADIENT_ROWS = 8
 """Calibration rows that gradients are taken over: changes numbers by their noise."""
 
 MEASURED_ROWS, MEASURED_LENGTH = 3, 256

@@ -133,12 +133,22 @@ class Survey:
     def rows(self, n: int) -> list[Tensor]:
         """The first ``n`` calibration rows of text, padding left out; none with images."""
         assert self.text is not None
-        return [t[m] for t, m in zip(self.text.tokens[:n], self.text.mask[:n])]
+        return text_rows(self.text, n)
 
     def dense_model(self, dtype: torch.dtype = torch.float32) -> Any:
         """The original model, whole."""
-        from fewbits.serving.transformers import load
+        return dense_model(self.streamed, dtype)
 
-        model = load(self.streamed.source.path, device=str(self.streamed.device), dtype=dtype)
-        one_expert_at_a_time(model)
-        return model
+
+def text_rows(text: CalibrationSet, n: int) -> list[Tensor]:
+    """The first ``n`` rows of text, padding left out; none with images."""
+    return [t[m] for t, m in zip(text.tokens[:n], text.mask[:n])]
+
+
+def dense_model(streamed: StreamedModel, dtype: torch.dtype) -> Any:
+    """The original model, whole."""
+    from fewbits.serving.transformers import load
+
+    model = load(streamed.source.path, device=str(streamed.device), dtype=dtype)
+    one_expert_at_a_time(model)
+    return model

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from fewbits.kernels.dispatch import Prepared, dequantize, dequantize_rows, matmul, prepare
 from fewbits.quant.errors import FormatError
 from fewbits.quant.rotation import Rotation, rotate_columns, rotate_rows_back, rotated_back
-from fewbits.quant.types import Layout, QuantizedTensor, check_permutation, check_rotation, natural_columns
+from fewbits.quant.types import (
+    Layout,
+    LowRank,
+    QuantizedTensor,
+    check_low_rank,
+    check_permutation,
+    check_rotation,
+    natural_columns,
+)
 
 
 class WeightView:
@@ -68,11 +76,13 @@ class PreparedRuns(NamedTuple):
     runs: columns of a run, and what a kernel reads of it.
     order: ``(K,)``, which input each stored column is multiplied by; None: the columns are in their own order.
     rotation: the basis of the codes; None: that of the inputs and outputs.
+    low_rank: float32, what is added to the codes.
     """
 
     runs: list[tuple[slice, Prepared]]
     order: Tensor | None
     rotation: Rotation | None
+    low_rank: LowRank | None
 
 
 class PackedMatrix(nn.Module):
@@ -143,7 +153,10 @@ class PackedMatrix(nn.Module):
             start += columns
         order = check_permutation(tensors["weight_perm"], self.columns).long() if self.layout.permuted else None
         rotation = check_rotation(tensors, self.rows, self.columns).float() if self.layout.rotated else None
-        state = PreparedRuns(runs, order, rotation)
+        low_rank = None
+        if rank := self.layout.low_rank:
+            low_rank = check_low_rank(tensors, self.rows, self.columns, rank)
+        state = PreparedRuns(runs, order, rotation, low_rank)
         # An offloading hook puts the tensors back to disk after each forward: keeping them here would defeat it.
         if not getattr(getattr(self, "_hf_hook", None), "offload", False):
             self.__dict__["_prepared"] = (list(tensors.values()), state)
@@ -151,7 +164,7 @@ class PackedMatrix(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``."""
-        state = self.prepared()
+        state, own = self.prepared(), x
         if state.order is not None:
             x = x.index_select(-1, state.order)
         inner = x
@@ -162,7 +175,11 @@ class PackedMatrix(nn.Module):
         y = matmul(inner[..., columns] if rest else inner, first)
         for columns, part in rest:
             y = y + matmul(inner[..., columns], part)
-        return y if state.rotation is None else rotate_rows_back(y.float(), state.rotation).to(x.dtype)
+        if state.rotation is not None:
+            y = rotate_rows_back(y.float(), state.rotation).to(x.dtype)
+        if (term := state.low_rank) is not None:
+            y = y + own @ term.b.to(x.dtype).T @ term.a.to(x.dtype).T
+        return y
 
     def dense(self) -> Tensor:
         """``(N, K)`` in the compute dtype, made anew."""
@@ -170,7 +187,8 @@ class PackedMatrix(nn.Module):
         stored = torch.cat([dequantize(p) for _, p in state.runs], dim=1)
         if state.rotation is not None:
             stored = rotated_back(stored, state.rotation)
-        return (stored if state.order is None else natural_columns(stored, state.order)).to(self.compute_dtype)
+        stored = stored if state.order is None else natural_columns(stored, state.order)
+        return (stored if state.low_rank is None else stored + state.low_rank.dense()).to(self.compute_dtype)
 
     def forward(self) -> Tensor:
         # A forward, because that is where offloading hooks bring the tensors in.

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from fewbits.calibration.collect import Collector, require_consistent
+from fewbits.calibration.curvature import CURVATURE_ROWS, output_curvature
+from fewbits.calibration.data import CalibrationSet
 from fewbits.calibration.stored import StoredStats
 from fewbits.calibration.stream import StreamedModel
+from fewbits.calibration.survey import dense_model, text_rows
 from fewbits.eval.models import choose_device
 from fewbits.eval.speed import peak_rss_bytes
 from fewbits.quant.allocate.menu import require_readable
@@ -35,6 +38,7 @@ from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
 from fewbits.quant.step import quantize_step
+from fewbits.quant.targets import find_targets
 from fewbits.quant.types import QuantizedTensor, Quantizer
 
 log = logging.getLogger(__name__)
@@ -101,6 +105,7 @@ class _Job:
     writer: CheckpointWriter
     seed: int
     clock: _Clock
+    curvature: Mapping[str, Tensor]
 
 
 def quantize(
@@ -186,7 +191,9 @@ def quantize(
         predicted=run["allocation"]["predicted"] if planner else None,
     )
     try:
-        job = _Job(streamed, assignment, quantizer, writer, seed, clock)
+        with clock.calibrating():
+            curvature = _curvature(streamed, recipe, text, seed, progress)
+        job = _Job(streamed, assignment, quantizer, writer, seed, clock, curvature)
         with clock.calibrating():
             collector = Collector(
                 streamed, recipe, assignment.layouts, text if needs_stats else None, stored
@@ -227,6 +234,17 @@ def _check_arguments(source: Source, out: Path, seed: int, max_kl: float | None)
         raise RecipeError(f"--max-kl: got {max_kl}, needed a number of nats per token, 0 or more")
 
 
+def _curvature(
+    streamed: StreamedModel, recipe: Recipe, text: CalibrationSet | None, seed: int, progress: Progress
+) -> dict[str, Tensor]:
+    """Of the outputs of every linear, where terms of low rank are weighed by it."""
+    if recipe.format.row_weights == "none" or text is None:
+        return {}
+    model = dense_model(streamed, streamed.dtype)
+    rows = text_rows(text, CURVATURE_ROWS)
+    return output_curvature(model, find_targets(model), rows, seed=seed, progress=progress)
+
+
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
     """For each decoder block: statistics of its inputs, codes, a shard; then its outputs feed the next block."""
     for block in job.streamed.blocks():
@@ -243,7 +261,8 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 with job.clock.calibrating():
                     stats = collector.observe(block, step)
                 with job.clock.quantizing():
-                    made, made_facts = quantize_step(job.assignment, job.quantizer, block, step, stats, seed=job.seed)
+                    made, made_facts = quantize_step(job.assignment, job.quantizer, block, step, stats, seed=job.seed,
+                                                     curvature=job.curvature)
                 collector.install(block, made)
                 tensors |= made
                 facts += made_facts

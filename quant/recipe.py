@@ -72,6 +72,12 @@ class Weights(_Table):
     outliers: Annotated[float, Field(ge=0, lt=50)] = Field(
         0.0, description="vq: percent of the columns, those with the largest inputs, that get twice the bits"
     )
+    low_rank: Annotated[int, Field(ge=0)] = Field(
+        0, description="rank of a product of two float16 matrices that is added to the codes"
+    )
+    row_weights: Literal["none", "fisher"] = Field(
+        "none", description="of low_rank; fisher: by how much the model's output feels each row, from gradients"
+    )
     state_bits: Annotated[int, Field(ge=10, le=16)] = Field(
         DEFAULT_STATE_BITS, description="trellis: quality against time, which doubles with each"
     )
@@ -84,9 +90,9 @@ class Weights(_Table):
             raise ValueError(f"got {self.bits} bits, {self.family} has 2, 3 or 4; set format.family = 'trellis'")
         if self.family in ("vq", "lrvq"):
             self._codebook_format()
-        if self.outliers and (self.family != "vq" or self.rotated):
-            raise ValueError(f"got {self.outliers} % of outliers, needed family vq without rotation, which leaves "
-                             "no column larger than others; set format.outliers = 0")
+        if self.family == "vq" and self.outliers and self.rotated:
+            raise ValueError(f"got {self.outliers} % of outliers and a rotation, which leaves no column larger than "
+                             "others; set format.outliers = 0 or format.rotated = false")
         if self.rank > self.vector and self.family == "lrvq":
             raise ValueError(f"got rank {self.rank}, needed at most the {self.vector} weights of a vector")
         if self.family == "int" and self.bits % 1:
@@ -124,7 +130,7 @@ class Weights(_Table):
             layout = Layout.of(IntFormat(bits, group, self.symmetric, getattr(torch, self.scale_dtype)), columns)
         for fmt, n in layout.runs:
             fmt.groups(n)
-        return dataclasses.replace(layout, rotated=self.rotated or layout.rotated)
+        return dataclasses.replace(layout, rotated=self.rotated or layout.rotated, low_rank=self.low_rank)
 
     def _of_codebooks(self, columns: int) -> Layout:
         inner = parse_format(self._codebook_format())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FormatError
-from fewbits.quant.rotation import MAX_BLOCK, Rotation, block_size, rotated_back
+from fewbits.quant.rotation import Rotation, block_size, rotated_back
 
 Params = Mapping[str, Tensor]
 """Parameters of a format for some groups: name -> tensor whose leading shape is that of the groups."""
@@ -111,11 +111,13 @@ class Layout:
             permutation follows from the statistics, when the weight is quantized: :meth:`LayerStats.column_order`.
         rotated: the (sorted) weight is coded in a rotated basis, and the scales of the rotation are stored too. Formats
             that need it bring it along.
+        low_rank: rank of a product of two thin matrices that is stored beside the codes and added to them; 0: none.
     """
 
     runs: tuple[tuple[Format, int], ...]
     permuted: bool = False
     rotated: bool = False
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
         if any(fmt.rotated for fmt, _ in self.runs):
@@ -135,6 +137,7 @@ class Layout:
                 runs[-1] = (fmt, runs[-1][1] + columns)
             else:
                 runs.append((fmt, columns))
+        assert not any(p.low_rank for p in parts), "a product of thin matrices is that of all columns"
         return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts))
 
     def cut(self, start: int, stop: int) -> Layout:
@@ -153,7 +156,7 @@ class Layout:
     @property
     def whole(self) -> bool:
         """Whether rows and columns are coded together, so that no part of the weight means anything by itself."""
-        return self.rotated or any(fmt.joint for fmt, _ in self.runs)
+        return self.rotated or self.low_rank > 0 or any(fmt.joint for fmt, _ in self.runs)
 
     @property
     def height(self) -> int:
@@ -175,7 +178,7 @@ class Layout:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Names of the tensors that are stored, and their dtypes, whatever the number of rows."""
-        return {name: dtype for name, (_, dtype) in self.storage(MAX_BLOCK * self.height).items()}
+        return {name: dtype for name, (_, dtype) in self.storage(_LARGE * self.height).items()}
 
     def storage(self, rows: int) -> Stored:
         """Every tensor that is stored of ``rows`` rows, without making any."""
@@ -184,10 +187,12 @@ class Layout:
             out["weight_perm"] = ((self.columns,), permutation_dtype(self.columns))
         if self.rotated:
             out |= rotation_storage(rows, self.columns)
+        if self.low_rank:
+            out |= low_rank_storage(rows, self.columns, self.low_rank)
         return out | {"weight_shape": ((2,), torch.int64)}
 
     def stored_bytes(self, rows: int) -> int:
-        """Bytes on disk of ``rows`` rows: codes, scales, zero points, permutation, shape record."""
+        """Bytes on disk of ``rows`` rows: all of :meth:`storage`."""
         return nbytes(self.storage(rows))
 
 
@@ -213,6 +218,41 @@ def rotation_storage(rows: int, columns: int) -> Stored:
     """The scales of a rotation; raises FormatError where the dimensions have none."""
     block_size(rows), block_size(columns)
     return {"weight_in_scale": ((columns,), torch.float16), "weight_out_scale": ((rows,), torch.float16)}
+
+
+def low_rank_storage(rows: int, columns: int, rank: int) -> Stored:
+    """Two thin matrices; raises FormatError where they are not thin."""
+    if rank > min(rows, columns):
+        raise FormatError(f"low_rank: got {rank} for a weight of {rows} x {columns}, needed at most "
+                          f"{min(rows, columns)}; lower it")
+    return {"weight_low_a": ((rows, rank), torch.float16), "weight_low_b": ((rank, columns), torch.float16)}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``a b``, added to what the codes mean, in the weight's own basis and order.
+
+    Attributes:
+        a: ``(N, r)`` float16.
+        b: ``(r, K)`` float16.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def dense(self) -> Tensor:
+        """float32 ``(N, K)``."""
+        return self.a.float() @ self.b.float()
+
+
+def check_low_rank(tensors: Mapping[str, Tensor], rows: int, columns: int, rank: int) -> LowRank:
+    """What was stored; raises FormatError when it is missing, or not finite."""
+    require_stored("a layout with lr", stored := low_rank_storage(rows, columns, rank), tensors)
+    for name in stored:
+        if not bool(tensors[name].isfinite().all()):
+            raise FormatError(f"{name}: got NaN or Inf, needed numbers; the checkpoint is damaged, download or "
+                              "quantize it again")
+    return LowRank(tensors["weight_low_a"], tensors["weight_low_b"])
 
 
 def check_rotation(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Rotation:
@@ -321,12 +361,14 @@ class QuantizedTensor:
         permutation: ``(K,)``: column ``k`` of the segments is column ``permutation[k]`` of the weight. None: they are
             in their own order.
         rotation: the basis of the segments; None: that of the weight.
+        low_rank: what is added to the segments, once they are in the basis and order of the weight.
     """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
     permutation: Tensor | None = None
     rotation: Rotation | None = None
+    low_rank: LowRank | None = None
 
     def __post_init__(self) -> None:
         assert sum(s.columns for s in self.segments) == self.shape[1], "segments do not cover the columns"
@@ -334,14 +376,17 @@ class QuantizedTensor:
     @property
     def layout(self) -> Layout:
         runs = tuple((s.format, s.columns) for s in self.segments)
-        return Layout(runs, self.permutation is not None, self.rotation is not None)
+        rank = 0 if self.low_rank is None else self.low_rank.a.shape[1]
+        return Layout(runs, self.permutation is not None, self.rotation is not None, rank)
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, K)``, columns in their own order: exactly what the stored codes mean."""
         stored = torch.cat([s.dequantize() for s in self.segments], dim=1)
         if self.rotation is not None:
             stored = rotated_back(stored, self.rotation)
-        return stored if self.permutation is None else natural_columns(stored, self.permutation)
+        if self.permutation is not None:
+            stored = natural_columns(stored, self.permutation)
+        return stored if self.low_rank is None else stored + self.low_rank.dense()
 
     def pack(self) -> dict[str, Tensor]:
         """Local tensor names -> tensors to store, as :meth:`Layout.storage` announces them."""
@@ -352,6 +397,8 @@ class QuantizedTensor:
             out["weight_perm"] = self.permutation.to(permutation_dtype(self.shape[1]), copy=True)
         if self.rotation is not None:
             out |= {"weight_in_scale": self.rotation.in_scale.clone(), "weight_out_scale": self.rotation.out_scale}
+        if self.low_rank is not None:
+            out |= {"weight_low_a": self.low_rank.a, "weight_low_b": self.low_rank.b.clone()}
         return out | {"weight_shape": torch.tensor(self.shape, dtype=torch.int64)}
 
     @staticmethod
@@ -371,11 +418,12 @@ class QuantizedTensor:
             segments.append(Segment(fmt, *fmt.unpack(local, rows, n)))
         order = check_permutation(tensors.get("weight_perm"), columns) if layout.permuted else None
         rotation = check_rotation(tensors, rows, columns) if layout.rotated else None
-        return QuantizedTensor((rows, columns), tuple(segments), order, rotation)
+        low_rank = check_low_rank(tensors, rows, columns, layout.low_rank) if layout.low_rank else None
+        return QuantizedTensor((rows, columns), tuple(segments), order, rotation, low_rank)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes on disk: codes, scales, zero points, permutation, shape record."""
+        """Bytes on disk of everything that is stored."""
         return self.layout.stored_bytes(self.shape[0])
 
     @property
@@ -394,7 +442,7 @@ class QuantizedTensor:
             if not fmt.joint:
                 params = {k: torch.cat([s.params[k] for s in pieces]) for k in params}
             segments.append(Segment(fmt, torch.cat([s.codes for s in pieces]), params))
-        assert all(p.rotation is None for p in parts), "rows are rotated as a whole"
+        assert all(p.rotation is None and p.low_rank is None for p in parts), "these are of all rows"
         shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
         return QuantizedTensor(shape, tuple(segments), parts[0].permutation)
 
@@ -410,7 +458,8 @@ class QuantizedTensor:
             assert isinstance(which, slice)
             rotation = self.rotation.rows(which)
         cut = tuple(s.cut(which) for s in self.segments)
-        return QuantizedTensor((cut[0].rows, self.shape[1]), cut, self.permutation, rotation)
+        low_rank = None if self.low_rank is None else LowRank(self.low_rank.a[which], self.low_rank.b)
+        return QuantizedTensor((cut[0].rows, self.shape[1]), cut, self.permutation, rotation, low_rank)
 
     @property
     def row_step(self) -> int:
@@ -434,11 +483,14 @@ class LayerStats:
         n_tokens: tokens summed.
         cross: ``(K, K)`` float32 or None, sum of ``(x~ - x) x^T`` where ``x~`` is the input in the original model
             and ``x`` the one in the partly quantized model (QEP).
+        curvature: ``(N,)`` or None, what the model's output thinks of an error of each of this linear's outputs, see
+            :func:`fewbits.calibration.curvature.output_curvature`. Not summed: it is one linear's own.
     """
 
     xtx: Tensor
     n_tokens: int
     cross: Tensor | None = None
+    curvature: Tensor | None = None
 
     def __add__(self, other: LayerStats) -> LayerStats:
         assert (self.cross is None) == (other.cross is None)

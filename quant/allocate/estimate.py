@@ -85,7 +85,7 @@ def _trial(
             start = time.monotonic()
             stats = collector.observe(block, step)
             observed = time.monotonic()
-            made, _ = quantize_step(assignment, quantizer, block, step, stats, seed=0)
+            made, _ = quantize_step(assignment, quantizer, block, step, stats, seed=0, curvature={})
             collector.install(block, made)
             calibrating += observed - start
             quantizing += time.monotonic() - observed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
-from fewbits.quant.formats import layout_name, parse_format
+from fewbits.quant.formats import layout_name, parse_format, prefixed
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
@@ -43,7 +43,7 @@ class Engine:
     runs: bool = False
 
     def reads(self, layout: Layout) -> bool:
-        if not self.runs and (layout.permuted or layout.rotated or len(layout.runs) > 1):
+        if not self.runs and (layout.permuted or layout.rotated or layout.low_rank or len(layout.runs) > 1):
             return False
         return all(self._reads(fmt, columns) for fmt, columns in layout.runs)
 
@@ -167,7 +167,7 @@ def _entries(
     reasons = []
     for entry in wanted:
         if entry not in _HALVES:
-            named_format(entry, MAX_AUTO_GROUP)  # an unknown name is no matter of this tensor
+            named_format(prefixed(entry)[0], MAX_AUTO_GROUP)  # an unknown name is no matter of this tensor
         try:
             layout = _layout(entry, columns, group)
             layout.storage(rows)
@@ -189,14 +189,16 @@ def _layout(entry: str, columns: int, group: int | None) -> Layout:
     if (half := _HALVES.get(entry)) is not None:
         layout = trellis_layout(half, DEFAULT_STATE_BITS, columns)
     else:
-        fmt = named_format(entry, group or min(columns & -columns, MAX_AUTO_GROUP))
-        layout = Layout.of(fmt, columns)
+        name, flags = prefixed(entry)
+        fmt = named_format(name, group or min(columns & -columns, MAX_AUTO_GROUP))
+        layout = Layout(((fmt, columns),), **flags)
     if not group:
         for fmt, n in layout.runs:
             fmt.groups(n)
         return layout
-    if layout.rotated:
-        raise RecipeError(f"--formats: got {entry}, a rotation leaves no columns that matter more than others; set "
+    if layout.rotated or layout.low_rank:
+        why = "a rotation leaves no columns" if layout.rotated else "a term of low rank is of all columns, none of them"
+        raise RecipeError(f"--formats: got {entry}, {why} that matter more than others; set "
                           "allocate.unit = 'tensor', or leave it out")
     return _sorted_layout(layout.runs[0][0], columns, group)
 

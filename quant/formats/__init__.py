@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from fewbits.quant.errors import FormatError, nearest
 from fewbits.quant.formats.integer import IntFormat
@@ -43,22 +44,31 @@ EXAMPLES += ["vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
 
 
 _SORTED, _ROTATED = "perm:", "had:"
+_PREFIXES = re.compile(rf"(?:lr([1-9][0-9]{{0,4}}):)?({_SORTED})?({_ROTATED})?(.*)", re.DOTALL)
 _RUN = re.compile(r"([^\[\]]+)\[([1-9][0-9]{0,8})\]")
 
 
 def layout_name(layout: Layout) -> str:
     """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several.
 
-    ``perm:`` before it where columns are sorted, ``had:`` where formats are rotated that do not ask for it.
+    ``perm:`` before it where columns are sorted, ``had:`` where formats are rotated that do not ask for it, and
+    ``lr16:`` before these where a product of rank 16 is added.
     """
     rotated = layout.rotated and not any(fmt.rotated for fmt, _ in layout.runs)
     runs = [fmt.name if len(layout.runs) == 1 else f"{fmt.name}[{columns}]" for fmt, columns in layout.runs]
-    return _SORTED * layout.permuted + _ROTATED * rotated + "+".join(runs)
+    low_rank = f"lr{layout.low_rank}:" if layout.low_rank else ""
+    return low_rank + _SORTED * layout.permuted + _ROTATED * rotated + "+".join(runs)
+
+
+def prefixed(name: str) -> tuple[str, dict[str, Any]]:
+    """What follows the prefixes of a layout's name, and what they say, as arguments of :class:`Layout`."""
+    low_rank, permuted, rotated, rest = _PREFIXES.fullmatch(name).groups()  # type: ignore[union-attr]
+    return rest, {"permuted": bool(permuted), "rotated": bool(rotated), "low_rank": int(low_rank or 0)}
 
 
 def is_permuted(name: str) -> bool:
     """Whether a layout of this name has its columns sorted."""
-    return name.startswith(_SORTED)
+    return prefixed(name)[1]["permuted"]
 
 
 def parse_layout(name: str, columns: int) -> Layout:
@@ -67,11 +77,9 @@ def parse_layout(name: str, columns: int) -> Layout:
     Raises:
         FormatError: unknown format, or the runs do not add up to ``columns``.
     """
-    inner = name.removeprefix(_SORTED)
-    plain = inner.removeprefix(_ROTATED)
-    flags = is_permuted(name), inner != plain
+    plain, flags = prefixed(name)
     if "[" not in plain:
-        return Layout(((parse_format(plain), columns),), *flags)
+        return Layout(((parse_format(plain), columns),), **flags)
     runs = []
     for run in plain.split("+"):
         if (m := _RUN.fullmatch(run)) is None:
@@ -79,4 +87,4 @@ def parse_layout(name: str, columns: int) -> Layout:
         runs.append((parse_format(m[1]), int(m[2])))
     if sum(n for _, n in runs) != columns:
         raise FormatError(f"layout: {name!r} covers {sum(n for _, n in runs)} columns, the tensor has {columns}")
-    return Layout(tuple(runs), *flags)
+    return Layout(tuple(runs), **flags)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
 from fewbits.quant.quantizers.codebooks import Codebooks
+from fewbits.quant.quantizers.lowrank import beside_low_rank
 from fewbits.quant.rotation import Rotation, choose_rotation, rotate, rotate_stats, storable
 from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTensor
 
@@ -63,11 +65,15 @@ def in_coded_basis(
 ) -> tuple[QuantizedTensor, dict[str, float]]:
     """Sort and rotate the columns as the layout says, quantize, and say in the result how to undo it.
 
+    With a term of low rank, this is done to what the term leaves.
+
     What transforms the weight transforms its statistics too.
 
     Raises:
         FewbitsError: no statistics to sort by.
     """
+    if layout.low_rank:
+        return beside_low_rank(partial(in_coded_basis, core, seed=seed), weight, stats, layout)
     order = None
     if layout.permuted:
         if stats is None or stats.n_tokens == 0:

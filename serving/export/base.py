@@ -93,6 +93,9 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
     if layout.rotated:
         return (f"takes integers in the weight's own basis; got {layout_name(layout)}; serve it with fewbits or its "
                 "vLLM plug-in, or quantize with --target")
+    if layout.low_rank:
+        return (f"takes codes alone; got {layout_name(layout)}, to which a product of rank {layout.low_rank} is added; "
+                "serve it with fewbits or its vLLM plug-in, or set format.low_rank = 0")
     fmt = layout.runs[0][0]
     return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
 

@@ -31,6 +31,7 @@ CHANGES: dict[str, Any] = {
     "quantizer.qep_damp": 0.5, "format.bits": 3, "format.group_size": 32, "format.symmetric": True,
     "format.scale_dtype": "bfloat16", "format.family": "trellis", "format.state_bits": 14,
     "format.rotated": True, "format.vector": 8, "format.rank": 2, "format.outliers": 1.0,
+    "format.low_rank": 4, "format.row_weights": "fisher",
     "calibration.sources": ["default", "other.txt"], "calibration.samples": 64,
     "calibration.images": "pictures", "calibration.image_fraction": 0.25,
     "calibration.seqlen": 256, "calibration.order": "first", "calibration.inputs": "original",

@@ -210,7 +210,7 @@ def test_recipe_keys(keys: dict[str, Any], layout: str) -> None:
 @pytest.mark.parametrize(("keys", "message"), [
     ({"bits": 3, "vector": 2}, "got 3 bits and vectors of 2, needed indexes of 8 to 16 bits"),
     ({"bits": 8, "vector": 8}, "needed indexes of 8 to 16 bits in all, or 24 or 32"),
-    ({"outliers": 1.0, "rotated": True}, "needed family vq without rotation"),
+    ({"outliers": 1.0, "rotated": True}, "which leaves no column larger than others"),
     ({"family": "lrvq", "bits": 2, "rank": 5}, "got rank 5, needed at most the 4 weights of a vector"),
 ])
 def test_impossible_recipe_keys(keys: dict[str, Any], message: str) -> None:
