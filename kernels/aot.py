@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_rvq, triton_trellis
+from fewbits.kernels import triton_int, triton_pvq, triton_rvq, triton_trellis
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
 
 TIMEOUT = 600
@@ -84,7 +84,7 @@ def _coded(family: str, widths: tuple[int, ...]) -> tuple[Job, ...]:
                  for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 
 
-QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,))
+QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,)) + _coded("pvq", (2,))  # points are bytes at every width
 
 FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + tuple(
     Job("gemm", bits, symmetric, tokens, dtype=dtype)
@@ -146,15 +146,15 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
 
 def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     family, _, kernel = job.kernel.partition("_")
-    module = {"trellis": triton_trellis, "rvq": triton_rvq}[family]
+    module = {"trellis": triton_trellis, "rvq": triton_rvq, "pvq": triton_pvq}[family]
     tile = module.GEMV_TILE if kernel == "gemv" else module.gemm_tile(job.tokens)
     even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
     known: dict[str, object] = {
-        "p_x": f"*{job.dtype}", "p_w": "*i32" if family == "trellis" else "*u8", "p_books": "*fp16",
-        "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns, "steps": job.columns // tile.b_k,
-        "step": "fp32", "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows, "BITS": job.bits,
-        "STATES": 16, "STAGES": job.bits, "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m,
-        "b_n": tile.b_n, "b_k": tile.b_k,
+        "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "pvq": "*i8"}[family], "p_books": "*fp16",
+        "p_s": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns,
+        "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns, "s_ym": job.rows,
+        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": job.bits, "EVEN": even,
+        "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k,
     }
     return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
 
@@ -163,6 +163,7 @@ KERNELS = {
     "gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
     "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
     "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm,
+    "pvq_gemv": triton_pvq.pvq_gemv, "pvq_gemm": triton_pvq.pvq_gemm,
 }
 
 

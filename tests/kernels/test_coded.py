@@ -54,7 +54,7 @@ def test_matches_the_format(name: str, kernel: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemv", "gemm"])
-@pytest.mark.parametrize("family", ["trellis", "rvq"])
+@pytest.mark.parametrize("family", ["trellis", "rvq", "pvq"])
 def test_split_columns_add_up(family: str, name: str) -> None:
     kernels = pytest.importorskip(f"fewbits.kernels.triton_{family}")
     fmt = parse_format(f"{family}3")
