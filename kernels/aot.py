@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_rvq, triton_trellis
+from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_rvq, triton_trellis
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
 
 TIMEOUT = 600
@@ -57,7 +57,10 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel at one problem: ``tokens`` times a ``rows`` x ``columns`` weight in groups of ``group`` columns."""
+    """A kernel at one problem: ``tokens`` times a ``rows`` x ``columns`` weight in groups of ``group`` columns.
+
+    A rotation has no ``bits``; its block is ``group``.
+    """
 
     kernel: str
     bits: int
@@ -70,10 +73,14 @@ class Job:
 
     @property
     def format(self) -> str:
+        if self.kernel in ROTATIONS:
+            return f"had{self.group}"
         if family := self.kernel.rpartition("_")[0]:
             return f"{family}{self.bits}"
         return f"int{self.bits}{'_sym' if self.symmetric else ''}_g{self.group}"
 
+
+ROTATIONS = ("rotate_in", "rotate_out")
 
 QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 """Each bit width with each kernel, asymmetric (the larger code)."""
@@ -84,9 +91,13 @@ def _coded(family: str, widths: tuple[int, ...]) -> tuple[Job, ...]:
                  for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 
 
-QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,))
+QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,)) + _coded("pvq", (2,))  # points are bytes at every width
+QUICK += tuple(Job(kernel, 0) for kernel in ROTATIONS)
 
 FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + tuple(
+    Job(kernel, 0, group=block, dtype=dtype) for kernel in ROTATIONS for block in (16, 32, 64, 128)
+    for dtype in ("fp16", "bf16") if (block, dtype) != (128, "fp16")
+) + tuple(
     Job("gemm", bits, symmetric, tokens, dtype=dtype)
     for bits in RUNS for symmetric in (True, False) for dtype in ("fp16", "bf16") for tokens in (16, 64, 256)
     if (symmetric, dtype, tokens) != (False, "fp16", 256)
@@ -102,7 +113,8 @@ class Judgement:
         spills: bytes of stack per thread (AMD: spilled vector registers); anything but 0 is a bad tile.
         shared_bytes: shared memory per program.
         occupancy: share of a multiprocessor's warps that can be resident.
-        instructions_per_weight: instructions of the hot loop, over the weights a lane decodes there.
+        instructions_per_weight: instructions of the hot loop, over the weights a lane decodes there; of a rotation,
+            which has no loop, all of them over the values a lane transforms.
         bytes_per_thread_load: mean width of the global loads of the hot loop (16 is the best).
         mma: matrix instruction used, or ``none``.
     """
@@ -126,6 +138,8 @@ class Judgement:
 
 def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     """Arguments that the launcher passes for this job, pointers as type names, and its tile."""
+    if job.kernel in ROTATIONS:
+        return _rotation_arguments(job)
     if "_" in job.kernel:
         return _coded_arguments(job, chip)
     words = job.columns * job.bits // 32
@@ -146,16 +160,26 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
 
 def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     family, _, kernel = job.kernel.partition("_")
-    module = {"trellis": triton_trellis, "rvq": triton_rvq}[family]
+    module = {"trellis": triton_trellis, "rvq": triton_rvq, "pvq": triton_pvq}[family]
     tile = module.GEMV_TILE if kernel == "gemv" else module.gemm_tile(job.tokens)
     even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
     known: dict[str, object] = {
-        "p_x": f"*{job.dtype}", "p_w": "*i32" if family == "trellis" else "*u8", "p_books": "*fp16",
-        "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns, "steps": job.columns // tile.b_k,
-        "step": "fp32", "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows, "BITS": job.bits,
-        "STATES": 16, "STAGES": job.bits, "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m,
-        "b_n": tile.b_n, "b_k": tile.b_k,
+        "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "pvq": "*i8"}[family], "p_books": "*fp16",
+        "p_s": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns,
+        "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns, "s_ym": job.rows,
+        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": job.bits, "EVEN": even,
+        "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k,
     }
+    return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
+
+
+def _rotation_arguments(job: Job) -> tuple[dict[str, object], Tile]:
+    size = job.columns if job.kernel == "rotate_in" else job.rows
+    known: dict[str, object] = {
+        "p_x": f"*{job.dtype}", "p_s": "*fp32", "p_b": f"*{job.dtype}", "p_y": f"*{job.dtype}", "N": size,
+        "BLOCK": job.group, "BIAS": True, "b_n": triton_rotation.VALUES,
+    }
+    tile = Tile(b_m=1, b_n=triton_rotation.VALUES, b_k=1, warps=1, stages=1)
     return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
 
 
@@ -163,7 +187,13 @@ KERNELS = {
     "gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
     "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
     "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm,
+    "pvq_gemv": triton_pvq.pvq_gemv, "pvq_gemm": triton_pvq.pvq_gemm,
+    "rotate_in": triton_rotation.rotate_in_kernel, "rotate_out": triton_rotation.rotate_out_kernel,
 }
+
+
+def _warps(tile: Tile, chip: Chip) -> int:
+    return max(1, tile.warps * 32 // chip.target.warp_size)
 
 
 def compile_job(job: Job, chip: Chip):
@@ -180,8 +210,7 @@ def compile_job(job: Job, chip: Chip):
         signature[name] = value if isinstance(value, str) else "i32"
         if str(value).startswith("*") or (isinstance(value, int) and value % 16 == 0):
             attrs[(i,)] = [["tt.divisibility", 16]]
-    warps = tile.warps * 32 // chip.target.warp_size
-    options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": _warps(tile, chip), "num_stages": tile.stages, "enable_fp_fusion": True}
     return triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=chip.target, options=options)
 
 
@@ -189,14 +218,14 @@ def judge(job: Job, chip_name: str) -> Judgement:
     chip = CHIPS[chip_name]
     compiled = compile_job(job, chip)
     tile = arguments(job, chip)[1]
+    warps = _warps(tile, chip)
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
     registers, spills, loop, mma = read(compiled.asm)
     widths = [width for line in loop if (width := load_width(line))]
     return Judgement(
         job.kernel, job.format, chip_name, job.tokens, job.dtype, registers, spills, compiled.metadata.shared,
-        occupancy(chip, registers, compiled.metadata.shared,
-                  tile.warps * 32 // chip.target.warp_size),
-        round(len(loop) * tile.warps * 32 / (tile.b_n * tile.b_k), 2),
+        occupancy(chip, registers, compiled.metadata.shared, warps),
+        round(len(loop) * warps * chip.target.warp_size / (tile.b_n * tile.b_k), 2),
         round(sum(widths) / len(widths), 1) if widths else 0.0, mma)
 
 
@@ -227,7 +256,8 @@ def _read_nvidia(asm: Mapping[str, object]) -> tuple[int, int, list[str], str]:
     code = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
     backward = [(int(m[1], 16), address) for address, line in code
                 if (m := re.search(r"\bBRA\S*\s+(?:\S+,\s*)?`?\(?0x([0-9a-f]+)", line)) and int(m[1], 16) < address]
-    start, end = max(backward, key=lambda b: b[1] - b[0], default=(0, 0))
+    ends = [address for address, line in code if line.startswith("EXIT")]
+    start, end = max(backward, key=lambda b: b[1] - b[0], default=(0, ends[-1]))
     ptx = str(asm["ptx"])
     kinds = {"wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
     mma = next((name for name, text_of in kinds.items() if text_of in ptx), "none")
@@ -241,7 +271,7 @@ def _read_amd(asm: Mapping[str, object]) -> tuple[int, int, list[str], str]:
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.LBB\d+_\d+:", line)}
     backward = [(labels[m[1]], i) for i, line in enumerate(lines)
                 if (m := re.match(r"s_c?branch\S*\s+(\.LBB\d+_\d+)", line)) and labels[m[1]] < i]
-    start, end = max(backward, key=lambda b: b[1] - b[0], default=(0, 0))
+    start, end = max(backward, key=lambda b: b[1] - b[0], default=(0, lines.index("s_endpgm")))
     loop = [line for line in lines[start:end + 1] if line and line[0] not in ".#" and not line.endswith(":")]
     mma = "mfma" if "v_mfma" in text else "none"
     return figures["vgpr_count"], figures["vgpr_spill_count"], loop, mma

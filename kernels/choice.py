@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ def pick(candidates: Iterable[tuple[str, K]], tokens: int) -> tuple[str, K]:
     return next(c for c in candidates if c[1].max_tokens is None or tokens <= c[1].max_tokens)
 
 
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.dispatch import Prepared, dequantize, dequantize_rows, matmul, prepare
+from fewbits.kernels.rotation import rotate_in, rotate_out
 from fewbits.quant.errors import FormatError
-from fewbits.quant.rotation import Rotation, rotate_columns, rotate_rows_back, rotated_back
+from fewbits.quant.rotation import Rotation, rotated_back
 from fewbits.quant.types import (
     Layout,
     LowRank,
@@ -162,24 +163,24 @@ class PackedMatrix(nn.Module):
             self.__dict__["_prepared"] = (list(tensors.values()), state)
         return state
 
-    def project(self, x: Tensor) -> Tensor:
-        """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``."""
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``, and ``bias (N,)``."""
         state, own = self.prepared(), x
         if state.order is not None:
             x = x.index_select(-1, state.order)
         inner = x
         if state.rotation is not None:
-            inner = rotate_columns(x, state.rotation)
-            inner = inner.to(x.dtype) if x.is_cuda else inner  # matrix units take no float32
+            # matrix units take no float32
+            inner = rotate_in(x, state.rotation, x.dtype if x.is_cuda else torch.float32)
         (columns, first), *rest = state.runs
         y = matmul(inner[..., columns] if rest else inner, first)
         for columns, part in rest:
             y = y + matmul(inner[..., columns], part)
         if state.rotation is not None:
-            y = rotate_rows_back(y.float(), state.rotation).to(x.dtype)
+            y, bias = rotate_out(y, state.rotation, x.dtype, bias), None
         if (term := state.low_rank) is not None:
             y = y + own @ term.b.to(x.dtype).T @ term.a.to(x.dtype).T
-        return y
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dense(self) -> Tensor:
         """``(N, K)`` in the compute dtype, made anew."""
@@ -241,8 +242,7 @@ class QuantLinear(PackedMatrix, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x (..., K)`` -> ``(..., N)`` in the dtype of ``x``."""
-        y = self.project(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.project(x, self.bias)
 
 
 class QuantEmbedding(PackedMatrix, nn.Embedding):

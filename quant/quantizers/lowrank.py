@@ -20,8 +20,8 @@ from torch import Tensor
 from fewbits.quant.types import LayerStats, Layout, LowRank, QuantizedTensor
 
 ROUNDS = 2
-"""Times that the codes are chosen anew for what the product leaves. On integers of 2 and 3 bits the first lowers the loss
-by some 6 %, three of them by 13 %; on trellis codes none does."""
+"""Times that the codes are chosen anew for what the product leaves. On integers of 2 and 3 bits the first lowers the
+loss by some 6 %, three of them by 13 %; on trellis codes none does."""
 
 _DAMP = 0.01
 _EXACT = 2048  # columns or rows up to which the SVD is exact

@@ -19,7 +19,8 @@ def test_every_width_compiles_for_every_chip_without_spills(judged: list[dict]) 
     chips = ("sm_80", "sm_90", "gfx942")
     wanted = [(kernel, f"int{bits}_g128") for kernel in ("gemv", "gemm") for bits in (2, 3, 4, 8)]
     wanted += [(kernel, f"trellis{bits}") for kernel in ("trellis_gemv", "trellis_gemm") for bits in (2, 3)]
-    wanted += [(kernel, "rvq2") for kernel in ("rvq_gemv", "rvq_gemm")]
+    wanted += [(f"{family}_{kernel}", f"{family}2") for family in ("rvq", "pvq") for kernel in ("gemv", "gemm")]
+    wanted += [("rotate_in", "had128"), ("rotate_out", "had128")]
     assert set(found) == {(*w, chip) for w in wanted for chip in chips}
     assert not {k: v for k, v in found.items() if v}, "tiles that spill"
 
@@ -40,10 +41,18 @@ def test_gemm_reaches_the_matrix_units(judged: list[dict]) -> None:
 
 def test_gemv_decodes_in_registers(judged: list[dict]) -> None:
     """Words must not be spread over threads: that took 13 to 22 instructions a weight instead of about 7."""
-    most = {"gemv": 10, "trellis_gemv": 12, "rvq_gemv": 15}  # seen: 7; 6.5, and 11 without dp4a; 3.5 for each stage
+    most = {"gemv": 10, "trellis_gemv": 12, "rvq_gemv": 15, "pvq_gemv": 7}
+    # seen: 7; 6.5, and 11 without dp4a; 3.5 for each stage; 5.4
     for j in judged:
         if j["kernel"] in most:
             assert j["instructions_per_weight"] < most[j["kernel"]], j
+
+
+def test_rotations_are_butterflies(judged: list[dict]) -> None:
+    """A product with the Hadamard matrix in float32 took 280 instructions a value."""
+    for j in judged:
+        if j["kernel"].startswith("rotate"):
+            assert j["instructions_per_weight"] < 50, j  # seen: 17 to 22, and 42 on gfx942
 
 
 @pytest.mark.parametrize("line, width", [

@@ -28,7 +28,8 @@ from fewbits.quant.types import Layout
 
 CHANGES: dict[str, Any] = {
     "quantizer.damp": 0.02, "quantizer.act_order": False, "quantizer.clip": "minmax", "quantizer.qep": 0.5,
-    "quantizer.qep_damp": 0.5, "format.bits": 3, "format.group_size": 32, "format.symmetric": True,
+    "quantizer.qep_damp": 0.5, "quantizer.refits": 0, "format.bits": 3, "format.group_size": 32,
+    "format.symmetric": True,
     "format.scale_dtype": "bfloat16", "format.family": "trellis", "format.state_bits": 14,
     "format.rotated": True, "format.vector": 8, "format.rank": 2, "format.outliers": 1.0,
     "format.low_rank": 4, "format.row_weights": "fisher",
