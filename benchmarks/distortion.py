@@ -2,7 +2,7 @@
 
     python -m benchmarks.distortion [--values 256000] [--formats trellis2 rvq2 ...]
 
-A gap of 6.02 dB is worth one bit. Bits are those of codes and gains; the scales of a rotation are left out.
+A gap of 6.02 dB is worth one bit. Bits are those of codes and gains; scales of a rotation and codebooks are left out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 
 from benchmarks import protocol
 from fewbits.quant.formats import parse_format
+from fewbits.quant.types import nominal_bits
 
 FORMATS = [
     *(f"trellis{b}{s}" for s in ("_l10", "", "_l14", "_l16") for b in (1, 2, 3, 4)),
-    *(f"{family}{b}" for family in ("rvq", "pvq") for b in (2, 3, 4)),
+    *(f"{family}{b}" for family in ("rvq", "pvq") for b in (2, 3, 4)), "vq8_v4", "vq8x2_v8", "vq8_v2",
 ]
 
 
@@ -30,11 +31,11 @@ def main() -> None:
     rows = []
     for name in args.formats:
         fmt, start = parse_format(name), time.perf_counter()
-        codes = fmt.encode(values, {})
+        params = fmt.fit(values, None)
+        codes = fmt.encode(values, params)
         seconds = time.perf_counter() - start
-        error = float((fmt.decode(codes, {}) - values).square().mean() / values.square().mean())
-        stored = sum(t.nbytes for t in fmt.pack(codes, {}).values())
-        bits = 8 * stored / values.numel()
+        error = float((fmt.decode(codes, params) - values).square().mean() / values.square().mean())
+        bits = nominal_bits(fmt)
         row = {"format": fmt.name, "bits": bits, "error": error, "gap_db": 10 * math.log10(error * 4**bits),
                "weights_per_second": values.numel() / seconds}
         rows.append(row)

@@ -31,6 +31,14 @@ def _distortion(rows: list[Row]) -> str:
     )
 
 
+def _heads(rows: list[Row]) -> str:
+    return _table(
+        ["format of the head", "stored bits per weight", "bytes", "KL to the original", "perplexity", "top-1", "CPU s"],
+        [[r["format"], f"{r['bits_per_weight']:.3f}", f"{r['bytes']:,}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+          f"{r['perplexity']:.2f}", f"{100 * r['top1']:.1f} %", f"{r['cpu_seconds']:.0f}"] for r in rows],
+    )
+
+
 def _allocation(rows: list[Row]) -> str:
     def foreseen(r: Row) -> list[str]:
         p, held = r.get("predicted"), r.get("held_out")
@@ -147,6 +155,20 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "pvq": (
         "Pyramid vectors", "The same, recipe pvq. "
         "`python -m benchmarks.quality --recipes pvq --bits 2 --name pvq`", _quality),
+    "vptq": (
+        "Vectors with codebooks of their own", "The same, recipe vptq. "
+        "`python -m benchmarks.quality --recipes vptq --bits 2 --name vptq`", _quality),
+    "lr2vq": (
+        "Vectors of low rank", "The same, recipe lr2vq. "
+        "`python -m benchmarks.quality --recipes lr2vq --bits 2 --name lr2vq`", _quality),
+    "fwsvd": (
+        "A term of low rank beside integers", "The same, recipe fwsvd. "
+        "`python -m benchmarks.quality --recipes fwsvd --bits 3 --name fwsvd`", _quality),
+    "heads": (
+        "Output heads", "The head of SmolLM2-135M-Instruct alone, 49152 x 576, all else in float32; statistics of "
+        "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
+        "vq-logits; pq12_v576 gives every token one of 4096 rows, as the paper does. `python -m benchmarks.heads`",
+        _heads),
     "distortion": (
         "Distortion",
         "Of normal values of one deviation, codes alone. `python -m benchmarks.distortion`", _distortion),

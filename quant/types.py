@@ -137,8 +137,8 @@ class Layout:
                 runs[-1] = (fmt, runs[-1][1] + columns)
             else:
                 runs.append((fmt, columns))
-        assert not any(p.low_rank for p in parts), "a product of thin matrices is that of all columns"
-        return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts))
+        assert len(parts) == 1 or not any(p.low_rank for p in parts), "a product is that of all columns"
+        return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts), parts[0].low_rank)
 
     def cut(self, start: int, stop: int) -> Layout:
         """What is stored of columns ``start`` to ``stop``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import fewbits
 from fewbits.quant.errors import FewbitsError, FormatError
 from fewbits.quant.formats import parse_format, parse_layout
 from fewbits.quant.formats.vq import CodebookFormat, LowRankVQFormat, ProductFormat, VQFormat
@@ -227,3 +229,44 @@ def test_a_damaged_checkpoint_is_refused() -> None:
             QuantizedTensor.unpack({k: v for k, v in stored.items() if k != bad}, layout)
         with pytest.raises(FewbitsError, match=bad):
             QuantizedTensor.unpack({**stored, bad: stored[bad][:-1]}, layout)
+
+
+SETTINGS: dict[str, Any] = {"calibration.samples": 4, "calibration.seqlen": 32}
+
+
+@pytest.mark.parametrize("recipe", ["vptq", "lr2vq"])
+def test_from_a_recipe_to_logits(recipe: str, tiny, tmp_path: Path) -> None:
+    fewbits.quantize(tiny("llama"), tmp_path / "q", recipe=recipe, overrides=SETTINGS)
+    packed, dense = fewbits.load(tmp_path / "q"), fewbits.load(tmp_path / "q")
+    dense.dequantize()
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    packed.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(fewbits.load(tmp_path / "again")(ids).logits, packed(ids).logits)
+    with pytest.raises(FormatError, match=r"serve it with fewbits|takes integers alone"):
+        fewbits.export(tmp_path / "q", tmp_path / "e", to="compressed-tensors")
+
+
+def test_a_head_by_product_codebooks_beside_a_dense_table(tiny, tmp_path: Path) -> None:
+    """The tied table stays dense, and the head reads its own codes."""
+    model = tiny("llama")
+    fewbits.quantize(model, tmp_path / "q", recipe="vq-logits", overrides=SETTINGS)
+    packed, original = fewbits.load(tmp_path / "q"), fewbits.load(model)
+    assert torch.equal(packed.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    head = packed.get_output_embeddings()
+    assert type(head.quantized().segments[0].format).__name__ == "ProductFormat"
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        states = original.model(ids).last_hidden_state
+        torch.testing.assert_close(packed(ids).logits, states @ head.quantized().dequantize().T, rtol=1e-4, atol=1e-4)
+    assert packed.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+def test_they_are_candidates_for_a_budget(tiny, tmp_path: Path) -> None:
+    settings = SETTINGS | {"budget.bpw": 6.0, "allocate.rivals": [], "allocate.damage": "fisher",
+                           "allocate.formats": ["had:vq8_v4", "vq8_v2", "lr2:int3", "had:int4"]}
+    report = fewbits.quantize(tiny("llama"), tmp_path / "q", recipe="auto", overrides=settings)
+    assert report.bits_per_weight <= 6.0
+    assert report.measured is not None and report.measured["kl_mean"] >= 0
