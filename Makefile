@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## fetch a real model, quantize it to 4 bits, compare, generate; all in demo/
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/demo.sh
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## run the tests, as many at a time as there are cores
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(INSTALLED)  ## run the linter and the type checker
 	$(BIN)/ruff check .
