@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_rvq, triton_trellis
+from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_trellis, triton_vectors
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
 
 TIMEOUT = 600
@@ -160,15 +160,15 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
 
 def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     family, _, kernel = job.kernel.partition("_")
-    module = {"trellis": triton_trellis, "rvq": triton_rvq, "pvq": triton_pvq}[family]
+    module = {"trellis": triton_trellis, "rvq": triton_vectors, "pvq": triton_pvq}[family]
     tile = module.GEMV_TILE if kernel == "gemv" else module.gemm_tile(job.tokens)
     even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
     known: dict[str, object] = {
         "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "pvq": "*i8"}[family], "p_books": "*fp16",
         "p_s": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns,
         "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns, "s_ym": job.rows,
-        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": job.bits, "EVEN": even,
-        "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k,
+        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": job.bits, "HEIGHT": 8, "ENTRIES": 256,
+        "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k,
     }
     return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
 
@@ -186,7 +186,7 @@ def _rotation_arguments(job: Job) -> tuple[dict[str, object], Tile]:
 KERNELS = {
     "gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
     "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
-    "rvq_gemv": triton_rvq.rvq_gemv, "rvq_gemm": triton_rvq.rvq_gemm,
+    "rvq_gemv": triton_vectors.vector_gemv, "rvq_gemm": triton_vectors.vector_gemm,
     "pvq_gemv": triton_pvq.pvq_gemv, "pvq_gemm": triton_pvq.pvq_gemm,
     "rotate_in": triton_rotation.rotate_in_kernel, "rotate_out": triton_rotation.rotate_out_kernel,
 }

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from fewbits.kernels.choice import TRITON_GEMV_TOKENS, from_triton, has_triton, pick
 from fewbits.kernels.cpu import pvq as cpu_pvq
-from fewbits.kernels.cpu import rvq as cpu_rvq
 from fewbits.kernels.cpu import trellis as cpu_trellis
+from fewbits.kernels.cpu import vectors as cpu_vectors
 from fewbits.quant.formats import parse_format
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
-from fewbits.quant.formats.vq import CodebookFormat, LowRankVQFormat, ProductFormat, VQFormat
+from fewbits.quant.formats.vq import LowRankVQFormat, ProductFormat, RowVectors, VQFormat
 from fewbits.quant.types import Format
 
 Operands = list[Tensor]
@@ -61,8 +61,21 @@ def _points(tensors: Mapping[str, Tensor], fmt: PVQFormat, rows: int, columns: i
     return [t.contiguous() for t in fmt.pulses(fmt.unpack(tensors, rows, columns)[0])]
 
 
-def _looked_up(tensors: Mapping[str, Tensor], fmt: CodebookFormat, rows: int, columns: int) -> Operands:
-    """Indexes, and entries in float32."""
+def _universal(tensors: Mapping[str, Tensor], fmt: RVQFormat, rows: int, columns: int) -> Operands:
+    """Codes, and the codebooks that all weights share, in float16."""
+    fmt.unpack(tensors, rows, columns)
+    codes = tensors["weight_codes"].contiguous()
+    return [codes, fmt.books(codes.device, torch.float16).flatten(0, 1)]
+
+
+def _vectors(tensors: Mapping[str, Tensor], fmt: VQFormat, rows: int, columns: int) -> Operands:
+    """Codes ``(N / length, stages, K)``, and the codebooks one below the other, in float16."""
+    codes, params = fmt.unpack(tensors, rows, columns)
+    return [codes.view(-1, fmt.stages, columns).contiguous(), params["codebook"][0].contiguous()]
+
+
+def _looked_up(tensors: Mapping[str, Tensor], fmt: RowVectors, rows: int, columns: int) -> Operands:
+    """Codes ``(N, places)``, and entries in float32."""
     codes, params = fmt.unpack(tensors, rows, columns)
     return [codes.contiguous(), fmt.books(params).contiguous()]
 
@@ -72,11 +85,11 @@ FAMILIES: dict[type, Family] = {
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
         lambda o, f: cpu_trellis.dequantize(o[0], f)),
     RVQFormat: Family(
-        _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]), _decode_stored,
-        lambda o, f: cpu_rvq.dequantize(o[0], f)),
+        _universal, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]),
+        lambda o, f: f.decode(o[0].flatten(0, 1), {}), lambda o, f: cpu_vectors.dequantize(*o)),
     VQFormat: Family(
-        _looked_up, lambda o, f: (o[0].shape[0] // f.stages * f.length, o[0].shape[1]), lambda o, f: f.looked_up(*o),
-        lambda o, f: f.looked_up(*o)),
+        _vectors, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]),
+        lambda o, f: f.looked_up(o[0].flatten(0, 1), o[1][None].float()), lambda o, f: cpu_vectors.dequantize(*o)),
     **dict.fromkeys((ProductFormat, LowRankVQFormat), Family(
         _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(*o),
         lambda o, f: f.looked_up(*o))),
@@ -96,18 +109,32 @@ class CodedKernel:
         device: type of the device it runs on; None means any.
         max_tokens: largest M it is chosen for; None means any.
         available: whether this machine has what it needs.
+        fits: whether it takes a format of the family.
     """
 
     run: Callable[[Tensor, Operands, Any], Tensor]
-    family: type | None
+    family: type | tuple[type, ...] | None
     device: str | None
     max_tokens: int | None
     available: Callable[[], bool]
+    fits: Callable[[Any], bool] = lambda fmt: True
+
+    def takes(self, fmt: Format) -> bool:
+        return self.family is None or (isinstance(fmt, self.family) and self.fits(fmt))
 
 
 def _triton(family: str, name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
     run = from_triton(f"triton_{family}", name)
     return lambda x, operands, fmt: run(x, *operands, fmt)
+
+
+def _triton_vectors(name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
+    run = from_triton("triton_vectors", name)
+    return lambda x, operands, fmt: run(x, *operands)
+
+
+def _even(fmt: RVQFormat | VQFormat) -> bool:
+    return fmt.height in cpu_vectors.HEIGHTS
 
 
 def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
@@ -123,10 +150,9 @@ CODED_KERNELS: dict[str, CodedKernel] = {
                                        has_triton),
     "triton_trellis_gemm": CodedKernel(_triton("trellis", "gemm"), TrellisFormat, "cuda", None,
                                        has_triton),
-    "triton_rvq_gemv": CodedKernel(_triton("rvq", "gemv"), RVQFormat, "cuda", TRITON_GEMV_TOKENS,
-                                       has_triton),
-    "triton_rvq_gemm": CodedKernel(_triton("rvq", "gemm"), RVQFormat, "cuda", None,
-                                       has_triton),
+    "triton_vector_gemv": CodedKernel(_triton_vectors("gemv"), (RVQFormat, VQFormat), "cuda", TRITON_GEMV_TOKENS,
+                                      has_triton, _even),
+    "triton_vector_gemm": CodedKernel(_triton_vectors("gemm"), (RVQFormat, VQFormat), "cuda", None, has_triton, _even),
     "triton_pvq_gemv": CodedKernel(_triton("pvq", "gemv"), PVQFormat, "cuda", TRITON_GEMV_TOKENS,
                                        has_triton),
     "triton_pvq_gemm": CodedKernel(_triton("pvq", "gemm"), PVQFormat, "cuda", None,
@@ -134,9 +160,11 @@ CODED_KERNELS: dict[str, CodedKernel] = {
     "cpu_trellis_gemv": CodedKernel(lambda x, o, f: cpu_trellis.gemv(x, o[0], f), TrellisFormat, "cpu",
                                     cpu_trellis.GEMV_TOKENS, cpu_trellis.available),
     "cpu_trellis_dense": CodedKernel(_dense, TrellisFormat, "cpu", None, cpu_trellis.available),
-    "cpu_rvq_gemv": CodedKernel(lambda x, o, f: cpu_rvq.gemv(x, o[0], f), RVQFormat, "cpu", cpu_rvq.GEMV_TOKENS,
-                                cpu_rvq.available),
-    "cpu_rvq_dense": CodedKernel(_dense, RVQFormat, "cpu", None, cpu_rvq.available),
+    "cpu_vector_gemv": CodedKernel(lambda x, o, f: cpu_vectors.gemv(x, *o), (RVQFormat, VQFormat), "cpu",
+                                   cpu_vectors.GEMV_TOKENS, cpu_vectors.available, _even),
+    "cpu_vector_dense": CodedKernel(_dense, (RVQFormat, VQFormat), "cpu", None, cpu_vectors.available, _even),
+    "cpu_table_gemv": CodedKernel(lambda x, o, f: cpu_vectors.table_gemv(x, *o), RowVectors, "cpu",
+                                  cpu_vectors.TABLE_TOKENS, cpu_vectors.available),
     "cpu_pvq_gemv": CodedKernel(lambda x, o, f: cpu_pvq.gemv(x, *o), PVQFormat, "cpu", cpu_pvq.GEMV_TOKENS,
                                 cpu_pvq.available),
     "cpu_pvq_dense": CodedKernel(_dense, PVQFormat, "cpu", None, cpu_pvq.available),
@@ -146,15 +174,15 @@ CODED_KERNELS: dict[str, CodedKernel] = {
 
 
 @lru_cache(maxsize=64)
-def _candidates(family: type, device: str) -> tuple[tuple[str, CodedKernel], ...]:
+def _candidates(fmt: Format, device: str) -> tuple[tuple[str, CodedKernel], ...]:
     """The kernels of the table that can run here, in order. Cached: this runs once per layer call."""
     return tuple((name, k) for name, k in CODED_KERNELS.items()
-                 if k.family in (None, family) and k.device in (None, device) and k.available())
+                 if k.takes(fmt) and k.device in (None, device) and k.available())
 
 
 def select(fmt: Format, tokens: int, device: str) -> str:
     """Name of the kernel that multiplies so many tokens by a weight of this format on this type of device."""
-    return pick(_candidates(type(fmt), device), tokens)[0]
+    return pick(_candidates(fmt, device), tokens)[0]
 
 
 _LIB = torch.library.Library("fewbits", "FRAGMENT")
@@ -166,7 +194,7 @@ _format = lru_cache(maxsize=256)(parse_format)
 
 def _matmul(x: Tensor, operands: Operands, format: str) -> Tensor:
     flat, fmt = x.reshape(-1, x.shape[-1]).contiguous(), _format(format)
-    _, kernel = pick(_candidates(type(fmt), x.device.type), len(flat))
+    _, kernel = pick(_candidates(fmt, x.device.type), len(flat))
     y = kernel.run(flat, operands, fmt)
     return y.view(*x.shape[:-1], -1).to(x.dtype)
 

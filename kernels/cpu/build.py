@@ -70,9 +70,11 @@ LIBRARIES = {
         "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
         "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
     }),
-    "rvq_matmul": Library("layers of residual vector codes run in plain torch, several times slower", {
-        "fewbits_rvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT],
-        "fewbits_rvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
+    "vector_matmul": Library("layers of vector codes run in plain torch, several times slower", {
+        "fewbits_vector_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _LONG, _INT,
+                                _INT],
+        "fewbits_vector_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _LONG, _INT, _INT],
+        "fewbits_table_sum": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT],
     }, flags=("-ffp-contract=off",)),  # whether sums are contracted would depend on the number of tokens
     "pvq_matmul": Library("layers of pyramid vectors run in plain torch, several times slower", {
         "fewbits_pvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
