@@ -13,7 +13,7 @@ HEIGHTS = (2, 4, 8)
 GEMV_TOKENS = 12
 """Up to here, looking vectors up again for every 4 tokens beats a dense copy of the weight."""
 
-TABLE_TOKENS = 4
+TABLE_TOKENS = 8
 """Up to here, tables of the products of inputs and entries beat a dense copy of the weight."""
 
 

@@ -269,6 +269,9 @@ CHECKPOINTS = {
     "rotated": ("llama", {f"{_ATTN}.q_proj": "trellis2", f"{_ATTN}.k_proj": "trellis2", f"{_ATTN}.v_proj": "rvq3",
                           "model.layers.1.mlp.down_proj": "pvq2", "model.layers.0.mlp.up_proj": "had:int3_g32",
                           "model.layers.1.self_attn.o_proj": "trellis2[64]+trellis3[64]"}),
+    "codebooks": ("llama", {f"{_ATTN}.q_proj": "had:vq8_v4", f"{_ATTN}.k_proj": "vq8x2_v8", f"{_ATTN}.v_proj": "pq8_v8",
+                            "model.layers.1.mlp.down_proj": "lrvq8_v4_d3", "model.layers.0.mlp.up_proj": "lr4:int3_g32",
+                            "model.layers.1.self_attn.o_proj": "lr4:had:vq9_v4"}),
 }
 
 
