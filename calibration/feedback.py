@@ -12,6 +12,7 @@ from torch import Tensor
 from fewbits.quant.quantizers.codebooks import Codebooks, fit_codebooks
 from fewbits.quant.quantizers.fit import fit_layout
 from fewbits.quant.quantizers.gptq import reverse_cholesky, revived
+from fewbits.quant.quantizers.lowrank import low_rank
 from fewbits.quant.rotation import choose_rotation, rotate, rotate_stats, rotated_back
 from fewbits.quant.types import LayerStats, Layout, Segment, natural_columns
 
@@ -124,6 +125,10 @@ def rounded(weight: Tensor, importance: Tensor | None, layout: Layout) -> Tensor
 
     Without ``importance`` there is nothing to sort columns by: they stay as they come.
     """
+    if layout.low_rank:
+        codes = rounded(weight, importance, dataclasses.replace(layout, low_rank=0))
+        stats = None if importance is None else LayerStats(importance.diag(), 1)
+        return codes + low_rank(weight - codes, stats, layout.low_rank).dense()
     if layout.permuted:
         plain = dataclasses.replace(layout, permuted=False)
         if importance is None:

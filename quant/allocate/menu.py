@@ -190,6 +190,9 @@ def _layout(entry: str, columns: int, group: int | None) -> Layout:
         layout = trellis_layout(half, DEFAULT_STATE_BITS, columns)
     else:
         name, flags = prefixed(entry)
+        if flags["permuted"]:
+            raise RecipeError(f"--formats: got {entry}, columns are sorted to give them formats of their own; "
+                              "leave perm: out and set allocate.unit = 'columns'")
         fmt = named_format(name, group or min(columns & -columns, MAX_AUTO_GROUP))
         layout = Layout(((fmt, columns),), **flags)
     if not group:

@@ -3,7 +3,7 @@
 FWSVD (arXiv 2207.00112) weighs the rows of a weight by their Fisher information before the SVD. Here both sides are
 weighed: with the Hessian ``H = C C^T`` of the inputs and ``D^2`` the curvature of the outputs,
 
-    D E C = P S Q^T,    a = D^-1 P_r S_r,    b = Q_r^T C^-1
+    D E C = P S Q^T,    a = D^-1 P_r,    b = S_r Q_r^T C^-1
 
 makes ``tr(D^2 (E - a b) H (E - a b)^T)`` least among all products of rank r (Eckart and Young). ``D = 1`` is the
 whitening of SVD-LLM, ``C = 1`` FWSVD itself.
@@ -24,7 +24,6 @@ ROUNDS = 2
 loss by some 6 %, three of them by 13 %; on trellis codes none does."""
 
 _DAMP = 0.01
-_EXACT = 2048  # columns or rows up to which the SVD is exact
 _FLOOR = 1e-6  # of the largest curvature
 
 Quantize = Callable[[Tensor, LayerStats | None, Layout], tuple[QuantizedTensor, dict[str, float]]]
@@ -54,15 +53,15 @@ def low_rank(error: Tensor, stats: LayerStats | None, rank: int) -> LowRank:
         if stats.curvature is not None and bool((largest := stats.curvature.max()) > 0):
             out = (stats.curvature / largest).clamp(min=_FLOOR).double().sqrt()
     seen = (out[:, None] * error.double()) @ root
-    if min(rows, columns) <= _EXACT:
-        left, size, right = torch.linalg.svd(seen, full_matrices=False)
+    # of the smaller side: the projection on the leading singular vectors is all that is needed
+    if rows <= columns:
+        leading = torch.linalg.eigh(seen @ seen.T)[1][:, -rank:]
+        a, right = leading, leading.T @ seen
     else:
-        with torch.random.fork_rng(devices=[error.device] if error.is_cuda else []):
-            torch.manual_seed(0)
-            left, size, basis = torch.svd_lowrank(seen, q=rank + 16, niter=4)
-            right = basis.T
-    a = left[:, :rank] * size[:rank] / out[:, None]
-    b = torch.linalg.solve_triangular(root, right[:rank], upper=False, left=False)
+        leading = torch.linalg.eigh(seen.T @ seen)[1][:, -rank:]
+        a, right = seen @ leading, leading.T
+    a = a / out[:, None]
+    b = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     # each pair of columns and rows is of one size, to lose as little as can be in float16
     even = (b.abs().amax(1) / a.abs().amax(0).clamp(min=1e-30)).sqrt().clamp(1e-12, 1e12)
     return LowRank((a * even).half(), (b / even.clamp(min=1e-30)[:, None]).half())

@@ -270,3 +270,5 @@ def test_they_are_candidates_for_a_budget(tiny, tmp_path: Path) -> None:
     report = fewbits.quantize(tiny("llama"), tmp_path / "q", recipe="auto", overrides=settings)
     assert report.bits_per_weight <= 6.0
     assert report.measured is not None and report.measured["kl_mean"] >= 0
+    with pytest.raises(FewbitsError, match="leave perm: out"):
+        fewbits.plan(tiny("llama"), overrides=settings | {"allocate.formats": ["perm:int4"]}, recipe="auto")
