@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 import fewbits
 from benchmarks import protocol
+from fewbits.eval.estimate import mean_of_windows
+from fewbits.eval.perplexity import perplexity_of
 from fewbits.quant.formats import parse_layout
 from fewbits.quant.quantizers import GPTQ
 from fewbits.quant.source import open_source
@@ -45,24 +47,24 @@ def main() -> None:
     flat = seen.flatten(0, 1)
     stats, weight = LayerStats(flat.T @ flat, len(flat)), model.get_output_embeddings().weight.detach()
     hidden, ids = states("test", protocol.KL_WINDOWS, protocol.WINDOW)
+    references = [(states_of @ weight.T).log_softmax(-1) for states_of in hidden]
     rows = []
     for name in [None, *args.formats]:
         start, made = time.process_time(), None
         if name is not None:
             made, _ = GPTQ().quantize(weight, stats, parse_layout(name, weight.shape[1]))
         seconds, dense = time.process_time() - start, weight if made is None else made.dequantize()
-        kl, loss, top = [], [], []
-        for states_of, tokens in zip(hidden, ids):
-            reference, logits = states_of @ weight.T, states_of @ dense.T
-            p, q = reference.log_softmax(-1), logits.log_softmax(-1)
-            kl.append((p.exp() * (p - q)).sum(-1))
-            loss.append(F.nll_loss(q[:-1], tokens[1:], reduction="none"))
-            top.append(reference.argmax(-1) == logits.argmax(-1))
-        every = torch.cat(kl)
+        kl, loss, top = [], [], []  # by window
+        for states_of, tokens, p in zip(hidden, ids, references):
+            q = (states_of @ dense.T).log_softmax(-1)
+            kl.append((p.exp() * (p - q)).sum(-1).numpy())
+            loss.append(F.nll_loss(q[:-1], tokens[1:], reduction="none").numpy())
+            top.append((p.argmax(-1) == q.argmax(-1)).numpy())
+        divergence = mean_of_windows(kl)
         row = {"format": name or "dense", "bytes": weight.numel() * 2 if made is None else made.stored_bytes,
                "bits_per_weight": 16.0 if made is None else made.bits_per_weight,
-               "kl_mean": float(every.mean()), "kl_stderr": float(every.std() / len(every) ** 0.5),
-               "perplexity": float(torch.cat(loss).mean().exp()), "top1": float(torch.cat(top).float().mean()),
+               "kl_mean": divergence.mean, "kl_stderr": divergence.stderr,
+               "perplexity": perplexity_of(loss).value, "top1": mean_of_windows(top).mean,
                "cpu_seconds": seconds}
         rows.append(row)
         print(f"{row['format']}: {row['bits_per_weight']:.3f} bits, KL {row['kl_mean']:.4f} +- {row['kl_stderr']:.4f}, "

@@ -167,7 +167,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "heads": (
         "Output heads", "The head of SmolLM2-135M-Instruct alone, 49152 x 576, all else in float32; statistics of "
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
-        "vq-logits. `python -m benchmarks.heads`",
+        "vq-logits; pq12_v576 gives every token one of 4096 rows, as the paper does. `python -m benchmarks.heads`",
         _heads),
     "distortion": (
         "Distortion",

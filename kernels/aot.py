@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_trellis, triton_vectors
-from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile
+from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile, tile_for
 
 TIMEOUT = 600
 
@@ -161,7 +161,7 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
 def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     family, _, kernel = job.kernel.partition("_")
     module = {"trellis": triton_trellis, "rvq": triton_vectors, "pvq": triton_pvq}[family]
-    tile = module.GEMV_TILE if kernel == "gemv" else module.gemm_tile(job.tokens)
+    tile = module.GEMV_TILE if kernel == "gemv" else tile_for(job.tokens, module.GEMM_TILES)
     even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
     known: dict[str, object] = {
         "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "pvq": "*i8"}[family], "p_books": "*fp16",

@@ -19,6 +19,7 @@ from fewbits.kernels.cpu import pvq as cpu_pvq
 from fewbits.kernels.cpu import trellis as cpu_trellis
 from fewbits.kernels.cpu import vectors as cpu_vectors
 from fewbits.quant.formats import parse_format
+from fewbits.quant.formats.joint import summed
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
@@ -84,12 +85,11 @@ FAMILIES: dict[type, Family] = {
     TrellisFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
         lambda o, f: cpu_trellis.dequantize(o[0], f)),
-    RVQFormat: Family(
-        _universal, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]),
-        lambda o, f: f.decode(o[0].flatten(0, 1), {}), lambda o, f: cpu_vectors.dequantize(*o)),
-    VQFormat: Family(
-        _vectors, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]),
-        lambda o, f: f.looked_up(o[0].flatten(0, 1), o[1][None].float()), lambda o, f: cpu_vectors.dequantize(*o)),
+    **{family: Family(
+        operands, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[2]),
+        lambda o, f: summed(o[0].flatten(0, 1), o[1].float().unflatten(0, (f.depth, -1))),
+        lambda o, f: cpu_vectors.dequantize(*o))
+       for family, operands in ((RVQFormat, _universal), (VQFormat, _vectors))},
     **dict.fromkeys((ProductFormat, LowRankVQFormat), Family(
         _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(*o),
         lambda o, f: f.looked_up(*o))),
@@ -123,14 +123,10 @@ class CodedKernel:
         return self.family is None or (isinstance(fmt, self.family) and self.fits(fmt))
 
 
-def _triton(family: str, name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
-    run = from_triton(f"triton_{family}", name)
-    return lambda x, operands, fmt: run(x, *operands, fmt)
-
-
-def _triton_vectors(name: str) -> Callable[[Tensor, Operands, Any], Tensor]:
-    run = from_triton("triton_vectors", name)
-    return lambda x, operands, fmt: run(x, *operands)
+def _triton(module: str, name: str, *, of_format: bool = False) -> Callable[[Tensor, Operands, Any], Tensor]:
+    """``of_format``: the operands do not say everything, so it is given the format too."""
+    run = from_triton(f"triton_{module}", name)
+    return lambda x, operands, fmt: run(x, *operands, *([fmt] if of_format else []))
 
 
 def _even(fmt: RVQFormat | VQFormat) -> bool:
@@ -146,13 +142,14 @@ def _reference(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
 
 
 CODED_KERNELS: dict[str, CodedKernel] = {
-    "triton_trellis_gemv": CodedKernel(_triton("trellis", "gemv"), TrellisFormat, "cuda", TRITON_GEMV_TOKENS,
+    "triton_trellis_gemv": CodedKernel(_triton("trellis", "gemv", of_format=True), TrellisFormat, "cuda",
+                                       TRITON_GEMV_TOKENS, has_triton),
+    "triton_trellis_gemm": CodedKernel(_triton("trellis", "gemm", of_format=True), TrellisFormat, "cuda", None,
                                        has_triton),
-    "triton_trellis_gemm": CodedKernel(_triton("trellis", "gemm"), TrellisFormat, "cuda", None,
-                                       has_triton),
-    "triton_vector_gemv": CodedKernel(_triton_vectors("gemv"), (RVQFormat, VQFormat), "cuda", TRITON_GEMV_TOKENS,
+    "triton_vector_gemv": CodedKernel(_triton("vectors", "gemv"), (RVQFormat, VQFormat), "cuda", TRITON_GEMV_TOKENS,
                                       has_triton, _even),
-    "triton_vector_gemm": CodedKernel(_triton_vectors("gemm"), (RVQFormat, VQFormat), "cuda", None, has_triton, _even),
+    "triton_vector_gemm": CodedKernel(_triton("vectors", "gemm"), (RVQFormat, VQFormat), "cuda", None, has_triton,
+                                      _even),
     "triton_pvq_gemv": CodedKernel(_triton("pvq", "gemv"), PVQFormat, "cuda", TRITON_GEMV_TOKENS,
                                        has_triton),
     "triton_pvq_gemm": CodedKernel(_triton("pvq", "gemm"), PVQFormat, "cuda", None,

@@ -77,7 +77,7 @@ class PreparedRuns(NamedTuple):
     runs: columns of a run, and what a kernel reads of it.
     order: ``(K,)``, which input each stored column is multiplied by; None: the columns are in their own order.
     rotation: the basis of the codes; None: that of the inputs and outputs.
-    low_rank: float32, what is added to the codes.
+    low_rank: what is added to the codes, as it is stored.
     """
 
     runs: list[tuple[slice, Prepared]]

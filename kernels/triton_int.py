@@ -131,10 +131,9 @@ def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s
     whose bfloat16 arithmetic is wrong).
     """
     o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
-    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
     row = tl.minimum(o_n, N - 1).to(tl.int64)
     p_row = p_w + row * words
-    p_token = p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+    p_token = tokens_of(p_x, M, s_xm, b_m)
     o_k, o_r, o_j = tl.arange(0, b_k), tl.arange(0, b_k // RUN), tl.arange(0, RUN)
     dtype = tl.float32 if WIDE else p_x.dtype.element_ty
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
@@ -158,6 +157,21 @@ def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s
             scale, zero = _params(p_s + o_param, p_z + o_param, (o_column < K)[None, :, :], BITS, SYM, EVEN)
             w = tl.reshape((_minus_zero(raw, zero, BITS) * scale).to(dtype), (b_n, b_k))
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    store_tile(p_y, acc, M, N, s_ym, s_ys, b_m, b_n)
+
+
+@triton.jit
+def tokens_of(p_x, M, s_xm, b_m: tl.constexpr):
+    """``(b_m,)``: where the tokens of this program begin; tokens past the end repeat the last one."""
+    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
+    return p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+
+
+@triton.jit
+def store_tile(p_y, acc, M, N, s_ym, s_ys, b_m: tl.constexpr, b_n: tl.constexpr):
+    """``acc (b_m, b_n)`` to where this program's rows, tokens and share of the columns belong."""
+    o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
+    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
     p_out = p_y + tl.program_id(2).to(tl.int64) * s_ys + o_m.to(tl.int64)[:, None] * s_ym + o_n[None, :]
     tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, tile_for
+from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, store_tile, tile_for, tokens_of
 from fewbits.quant.formats.pvq import PVQFormat
 
 HEIGHT = PVQFormat.height
@@ -62,10 +62,9 @@ def pvq_gemm(p_x, p_w, p_s, p_y, M, N, K, steps, s_xm, s_ym, s_ys, WIDE: tl.cons
 
     Weights are rounded to the dtype of x. WIDE: multiply in float32 (float32 x, and under the interpreter).
     """
-    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
     o_v = tl.program_id(0) * (b_n // 16) + tl.arange(0, b_n // 16)
     o_row = tl.minimum(o_v, N // 16 - 1).to(tl.int64)[:, None] * K
-    p_token = p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+    p_token = tokens_of(p_x, M, s_xm, b_m)
     dtype = tl.float32 if WIDE else p_x.dtype.element_ty
     acc = tl.zeros((b_m, b_n), tl.float32)
     first = tl.program_id(2) * steps
@@ -77,19 +76,13 @@ def pvq_gemm(p_x, p_w, p_s, p_y, M, N, K, steps, s_xm, s_ym, s_ys, WIDE: tl.cons
         scale = tl.load(p_s + o_column, mask=m_c[None, :], other=0)
         w = _vectors(p_w, o_column, m_c) * scale[:, :, None]
         acc = tl.dot(x, tl.reshape(tl.permute(w, (1, 0, 2)), (b_k, b_n)).to(dtype), acc, input_precision="ieee")
-    o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
-    p_out = p_y + tl.program_id(2).to(tl.int64) * s_ys + o_m.to(tl.int64)[:, None] * s_ym + o_n[None, :]
-    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+    store_tile(p_y, acc, M, N, s_ym, s_ys, b_m, b_n)
 
 
 # -- launching --------------------------------------------------------------------------------------------------
 
 
-def gemm_tile(tokens: int) -> Tile:
-    return tile_for(tokens, GEMM_TILES)
-
-
-def gemv(x: Tensor, points: Tensor, scale: Tensor, fmt: PVQFormat, split: int | None = None) -> Tensor:
+def gemv(x: Tensor, points: Tensor, scale: Tensor, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for a few tokens."""
     columns, rows, tile = x.shape[1], points.shape[0] * HEIGHT, GEMV_TILE
 
@@ -101,10 +94,10 @@ def gemv(x: Tensor, points: Tensor, scale: Tensor, fmt: PVQFormat, split: int | 
     return split_product(x, rows, tile, split, launch)
 
 
-def gemm(x: Tensor, points: Tensor, scale: Tensor, fmt: PVQFormat, split: int | None = None) -> Tensor:
+def gemm(x: Tensor, points: Tensor, scale: Tensor, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     (tokens, columns), rows = x.shape, points.shape[0] * HEIGHT
-    tile = gemm_tile(tokens)
+    tile = tile_for(tokens, GEMM_TILES)
 
     def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
         pvq_gemm[(*blocks, split)](

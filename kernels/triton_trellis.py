@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, tile_for
+from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, store_tile, tile_for, tokens_of
 from fewbits.quant.formats.trellis import TrellisFormat
 
 HEIGHT = TrellisFormat.height
@@ -124,10 +124,9 @@ def trellis_gemm(p_x, p_w, p_y, M, N, K, steps, step, s_xm, s_ym, s_ys, BITS: tl
     The dot takes codebook entries as integers, exact in float16 and rounded to 8 bits in bfloat16; ``step`` is applied
     to the sums. WIDE: multiply in float32 (float32 x, and always under the interpreter, whose bfloat16 is wrong).
     """
-    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
     o_tile = tl.program_id(0) * (b_n // 32) + tl.arange(0, b_n // 32)
     p_row = p_w + tl.minimum(o_tile, N // 32 - 1).to(tl.int64)[:, None] * K * BITS
-    p_token = p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+    p_token = tokens_of(p_x, M, s_xm, b_m)
     dtype = tl.float32 if WIDE else p_x.dtype.element_ty
     acc = tl.zeros((b_m, b_n), tl.float32)
     first = tl.program_id(2) * steps
@@ -139,16 +138,10 @@ def trellis_gemm(p_x, p_w, p_y, M, N, K, steps, step, s_xm, s_ym, s_ys, BITS: tl
         states = tl.reshape(_states(p_row, columns, columns < K, BITS, EVEN), (b_n // 32, b_k, 32))
         w = tl.reshape(tl.permute(_values(states, STATES, DP4A), (1, 0, 2)), (b_k, b_n)).to(dtype)
         acc = tl.dot(x, w, acc, input_precision="ieee")
-    o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
-    p_out = p_y + tl.program_id(2).to(tl.int64) * s_ys + o_m.to(tl.int64)[:, None] * s_ym + o_n[None, :]
-    tl.store(p_out, (acc * step).to(p_y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+    store_tile(p_y, acc * step, M, N, s_ym, s_ys, b_m, b_n)
 
 
 # -- launching --------------------------------------------------------------------------------------------------
-
-
-def gemm_tile(tokens: int) -> Tile:
-    return tile_for(tokens, GEMM_TILES)
 
 
 def gemv(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
@@ -167,7 +160,7 @@ def gemv(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None
 def gemm(x: Tensor, packed: Tensor, fmt: TrellisFormat, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     (tokens, columns), rows = x.shape, packed.shape[0] * HEIGHT
-    tile = gemm_tile(tokens)
+    tile = tile_for(tokens, GEMM_TILES)
 
     def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
         trellis_gemm[(*blocks, split)](

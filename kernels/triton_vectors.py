@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, tile_for
+from fewbits.kernels.triton_int import INTERPRET, WARP, Tile, split_product, store_tile, tile_for, tokens_of
 
 GEMV_TILE = Tile(b_m=1, b_n=32, b_k=64, warps=4, stages=2)
 GEMM_TILES = (
@@ -62,9 +62,8 @@ def vector_gemm(p_x, p_w, p_books, p_y, M, N, K, steps, s_xm, s_ym, s_ys, STAGES
 
     Sums of entries are rounded to the dtype of x. WIDE: multiply in float32 (float32 x, and under the interpreter).
     """
-    o_m = tl.program_id(1) * b_m + tl.arange(0, b_m)
     o_v = tl.program_id(0) * (b_n // HEIGHT) + tl.arange(0, b_n // HEIGHT)
-    p_token = p_x + tl.minimum(o_m, M - 1).to(tl.int64) * s_xm
+    p_token = tokens_of(p_x, M, s_xm, b_m)
     dtype = tl.float32 if WIDE else p_x.dtype.element_ty
     acc = tl.zeros((b_m, b_n), tl.float32)
     first = tl.program_id(2) * steps
@@ -74,16 +73,10 @@ def vector_gemm(p_x, p_w, p_books, p_y, M, N, K, steps, s_xm, s_ym, s_ys, STAGES
         x = tl.load(p_token[:, None] + o_c[None, :], mask=m_c[None, :], other=0).to(dtype)
         w = _vectors(p_w, p_books, tl.minimum(o_v, N // HEIGHT - 1), o_c, m_c, K, STAGES, HEIGHT, ENTRIES)
         acc = tl.dot(x, tl.reshape(tl.permute(w, (1, 0, 2)), (b_k, b_n)).to(dtype), acc, input_precision="ieee")
-    o_n = tl.program_id(0) * b_n + tl.arange(0, b_n)
-    p_out = p_y + tl.program_id(2).to(tl.int64) * s_ys + o_m.to(tl.int64)[:, None] * s_ym + o_n[None, :]
-    tl.store(p_out, acc.to(p_y.dtype.element_ty), mask=(o_m < M)[:, None] & (o_n < N)[None, :])
+    store_tile(p_y, acc, M, N, s_ym, s_ys, b_m, b_n)
 
 
 # -- launching --------------------------------------------------------------------------------------------------
-
-
-def gemm_tile(tokens: int) -> Tile:
-    return tile_for(tokens, GEMM_TILES)
 
 
 def gemv(x: Tensor, codes: Tensor, books: Tensor, split: int | None = None) -> Tensor:
@@ -104,7 +97,7 @@ def gemv(x: Tensor, codes: Tensor, books: Tensor, split: int | None = None) -> T
 def gemm(x: Tensor, codes: Tensor, books: Tensor, split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     (tokens, columns), (vectors, stages, _), height = x.shape, codes.shape, books.shape[1]
-    rows, tile = vectors * height, gemm_tile(tokens)
+    rows, tile = vectors * height, tile_for(tokens, GEMM_TILES)
 
     def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
         vector_gemm[(*blocks, split)](

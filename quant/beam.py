@@ -14,8 +14,8 @@ _MOST = 2048  # entries in all, up to which the compiled search is quick: it has
 
 
 @dataclass(frozen=True)
-class Codebooks:
-    """Codebooks and what a search needs of them; made once for many searches.
+class SumSearch:
+    """A search of codebooks, and what it needs of them; made once for many searches.
 
     Attributes:
         books: float32 ``(stages, entries, d)``.
@@ -30,10 +30,10 @@ class Codebooks:
     products: Tensor
 
     @staticmethod
-    def of(books: Tensor) -> Codebooks:
+    def of(books: Tensor) -> SumSearch:
         flat = books.flatten(0, 1).cpu()
         products = flat @ flat.T if len(flat) <= _MOST else flat.new_empty(0, 0)
-        return Codebooks(books, flat.T.contiguous(), flat.square().sum(1) / 2, products)
+        return SumSearch(books, flat.T.contiguous(), flat.square().sum(1) / 2, products)
 
     def search(self, vectors: Tensor, beam: int) -> Tensor:
         """Codes int32 ``(V, stages)`` of ``vectors (V, d)``: entries that add up to them, nearly.
@@ -49,7 +49,7 @@ class Codebooks:
 
 
 def beam_search(vectors: Tensor, books: Tensor, beam: int) -> Tensor:
-    """:meth:`Codebooks.search` in torch, for ``books (stages, entries, d)`` of any size."""
+    """:meth:`SumSearch.search` in torch, for ``books (stages, entries, d)`` of any size."""
     residual, codes = vectors[:, None], torch.empty(len(vectors), 1, 0, dtype=torch.long, device=vectors.device)
     for book in books:
         scores = book.square().sum(1) - 2 * residual @ book.T + residual.square().sum(-1, keepdim=True)  # (V, B, k)

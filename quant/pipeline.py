@@ -192,7 +192,7 @@ def quantize(
     )
     try:
         with clock.calibrating():
-            curvature = _curvature(streamed, recipe, text, seed, progress)
+            curvature = _curvature(streamed, recipe, assignment, text, seed, progress)
         job = _Job(streamed, assignment, quantizer, writer, seed, clock, curvature)
         with clock.calibrating():
             collector = Collector(
@@ -235,14 +235,16 @@ def _check_arguments(source: Source, out: Path, seed: int, max_kl: float | None)
 
 
 def _curvature(
-    streamed: StreamedModel, recipe: Recipe, text: CalibrationSet | None, seed: int, progress: Progress
+    streamed: StreamedModel, recipe: Recipe, assignment: Assignment, text: CalibrationSet | None, seed: int,
+    progress: Progress,
 ) -> dict[str, Tensor]:
-    """Of the outputs of every linear, where terms of low rank are weighed by it."""
-    if recipe.format.row_weights == "none" or text is None:
+    """Of the outputs of the linears that have a term of low rank, where that is weighed by it."""
+    wanted = {name for name, layout in assignment.layouts.items() if layout.low_rank}
+    if recipe.format.row_weights == "none" or text is None or not wanted:
         return {}
     model = dense_model(streamed, streamed.dtype)
-    rows = text_rows(text, CURVATURE_ROWS)
-    return output_curvature(model, find_targets(model), rows, seed=seed, progress=progress)
+    targets = [t for t in find_targets(model) if t.name in wanted]
+    return output_curvature(model, targets, text_rows(text, CURVATURE_ROWS), seed=seed, progress=progress)
 
 
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:

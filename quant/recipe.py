@@ -27,8 +27,9 @@ from fewbits.quant.errors import FormatError, RecipeError, nearest
 from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
+from fewbits.quant.formats.vq import LowRankVQFormat, VQFormat
 from fewbits.quant.quantizers import QUANTIZERS
-from fewbits.quant.types import Layout, Quantizer
+from fewbits.quant.types import Format, Layout, Quantizer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,8 +100,8 @@ class Weights(_Table):
             raise ValueError(f"got {self.bits} bits, integers have 1 to 8 whole ones; give a budget, --bpw {self.bits}")
         return self
 
-    def _codebook_format(self, times: int = 1) -> str:
-        """The name of the vector format at ``times`` the bits; raises ValueError when there is none.
+    def _codebook_format(self, times: int = 1) -> Format:
+        """The vector format at ``times`` the bits; raises ValueError when there is none.
 
         Indexes of a byte are the easiest to read, so up to 4 codebooks of 256 come before a larger one.
         """
@@ -110,8 +111,9 @@ class Weights(_Table):
         if index % 1 or not 8 <= index <= 16:
             raise ValueError(f"got {self.bits} bits and vectors of {self.vector}, needed indexes of 8 to 16 bits in "
                              "all" + (", or 24 or 32" if self.family == "vq" else "") + "; set format.vector")
-        tail = f"_d{self.rank}" if self.family == "lrvq" else ""
-        return f"{self.family}{int(index)}{f'x{stages}' if stages > 1 else ''}_v{self.vector}{tail}"
+        if self.family == "lrvq":
+            return LowRankVQFormat(int(index), self.vector, self.rank)
+        return VQFormat(int(index), self.vector, stages)
 
     def for_columns(self, columns: int) -> Layout:
         """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
@@ -128,15 +130,14 @@ class Weights(_Table):
                 group = None if self.group_size == "row" else self.group_size
             bits = int(self.bits)
             layout = Layout.of(IntFormat(bits, group, self.symmetric, getattr(torch, self.scale_dtype)), columns)
-        for fmt, n in layout.runs:
-            fmt.groups(n)
+        layout.check_groups()
         return dataclasses.replace(layout, rotated=self.rotated or layout.rotated, low_rank=self.low_rank)
 
     def _of_codebooks(self, columns: int) -> Layout:
-        inner = parse_format(self._codebook_format())
+        inner = self._codebook_format()
         if not (outer := math.ceil(columns * self.outliers / 100)):
             return Layout.of(inner, columns)
-        return Layout(((parse_format(self._codebook_format(2)), outer), (inner, columns - outer)), permuted=True)
+        return Layout(((self._codebook_format(2), outer), (inner, columns - outer)), permuted=True)
 
 
 class Calibration(_Table):
@@ -263,8 +264,7 @@ class Recipe(_Table):
             return None
         try:
             layout = self.format.for_columns(columns) if rule is None else parse_layout(rule, columns)
-            for fmt, n in layout.runs:
-                fmt.groups(n)
+            layout.check_groups()
             return _looked_up_or_not(layout, kind)
         except FormatError as error:
             raise FormatError(f"{name}: {error}, or add it to keep") from error
@@ -272,8 +272,7 @@ class Recipe(_Table):
     def _planned(self, name: str, columns: int, kind: str) -> Layout:
         try:
             layout = parse_layout(self.plan[name], columns)
-            for fmt, n in layout.runs:
-                fmt.groups(n)
+            layout.check_groups()
             return _looked_up_or_not(layout, kind)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error

@@ -155,6 +155,11 @@ class Layout:
     def columns(self) -> int:
         return sum(n for _, n in self.runs)
 
+    def check_groups(self) -> None:
+        """Raise FormatError where a run of columns is not whole groups of its format."""
+        for fmt, columns in self.runs:
+            fmt.groups(columns)
+
     @property
     def whole(self) -> bool:
         """Whether rows and columns are coded together, so that no part of the weight means anything by itself."""

@@ -196,8 +196,7 @@ def _layout(entry: str, columns: int, group: int | None) -> Layout:
         fmt = named_format(name, group or min(columns & -columns, MAX_AUTO_GROUP))
         layout = Layout(((fmt, columns),), **flags)
     if not group:
-        for fmt, n in layout.runs:
-            fmt.groups(n)
+        layout.check_groups()
         return layout
     if layout.rotated or layout.low_rank:
         why = "a rotation leaves no columns" if layout.rotated else "a term of low rank is of all columns, none of them"

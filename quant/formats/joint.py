@@ -19,6 +19,7 @@ class JointFormat:
 
     unit: ClassVar[str]
     height: ClassVar[int]
+    depth: ClassVar[int] = 1
     span: ClassVar[int] = 1
     width: ClassVar[int] = 1
     group_size = None
@@ -41,3 +42,25 @@ class JointFormat:
             raise FormatError(f"N = {rows} is not a multiple of {self.height}, the rows of {self.unit}; give it an "
                               "integer format")
         return rows // self.height, columns // self.span
+
+    def column_vectors(self, values: Tensor) -> Tensor:
+        """``(N, columns)`` to ``(N / height * columns, height)``: what lies one below the other is coded together."""
+        columns = values.shape[1]
+        return values.reshape(-1, self.height, columns).transpose(1, 2).reshape(-1, self.height)
+
+    def code_rows(self, codes: Tensor, columns: int) -> Tensor:
+        """Codes of :meth:`column_vectors`, ``(N / height * columns, depth)``, as ``(N / height * depth, columns)``."""
+        return codes.view(-1, columns, self.depth).transpose(1, 2).reshape(-1, columns)
+
+
+def summed(codes: Tensor, books: Tensor) -> Tensor:
+    """float32 ``(N, columns)``: sums of one entry of each of ``books (stages, entries, height)``.
+
+    ``codes (N / height * stages, columns)``.
+    """
+    columns = codes.shape[1]
+    first, *rest = codes.view(-1, len(books), columns).unbind(1)
+    vectors = books[0][first.long()]
+    for book, stage in zip(books[1:], rest):
+        vectors = vectors + book[stage.long()]
+    return vectors.transpose(1, 2).reshape(-1, columns)

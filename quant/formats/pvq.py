@@ -64,14 +64,13 @@ class PVQFormat(JointFormat):
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
         """Codes ``(N / 16 * 17, columns)`` of ``values (N, columns)``: for each group its point, then its gain."""
-        columns = values.shape[1]
-        vectors = values.float().reshape(-1, SIZE, columns).transpose(1, 2).reshape(-1, SIZE)
+        vectors = self.column_vectors(values.float())
         points = project(vectors, PULSES[self.bits])
         length = (vectors * points).sum(1) / points.float().norm(dim=1)
         edges = (gains := gain_grid(self.bits).to(values.device))[1:].add(gains[:-1]).div(2)
         gain = torch.bucketize(length, edges).to(torch.uint8)
         codes = torch.cat([points.to(torch.int8).view(torch.uint8), gain[:, None]], 1)
-        return codes.view(-1, columns, self.depth).transpose(1, 2).reshape(-1, columns)
+        return self.code_rows(codes, values.shape[1])
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return self.dense(*self.pulses(codes))

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fewbits.quant.beam import Codebooks
-from fewbits.quant.formats.joint import JointFormat
+from fewbits.quant.beam import SumSearch
+from fewbits.quant.formats.joint import JointFormat, summed
 from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"rvq([2-4])")
@@ -39,7 +39,7 @@ class RVQFormat(JointFormat):
     height = 8
 
     @property
-    def depth(self) -> int:
+    def depth(self) -> int:  # type: ignore[override]
         return self.bits
 
     @property
@@ -59,19 +59,11 @@ class RVQFormat(JointFormat):
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
         """Codes ``(N / 8 * bits, columns)`` of ``values (N, columns)``."""
-        rows, columns = values.shape
-        vectors = values.float().reshape(-1, self.height, columns).transpose(1, 2).reshape(-1, self.height)
-        codes = _searched(self.bits, values.device).search(vectors, BEAM).to(torch.uint8)
-        return codes.view(-1, columns, self.bits).transpose(1, 2).reshape(-1, columns)
+        found = _search(self.bits, values.device).search(self.column_vectors(values.float()), BEAM)
+        return self.code_rows(found.to(torch.uint8), values.shape[1])
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        columns = codes.shape[1]
-        stages = codes.view(-1, self.bits, columns).unbind(1)
-        books = self.books(codes.device)
-        vectors = books[0][stages[0].long()]
-        for book, stage in zip(books[1:], stages[1:]):
-            vectors = vectors + book[stage.long()]
-        return vectors.transpose(1, 2).reshape(-1, columns)
+        return summed(codes, self.books(codes.device))
 
     # -- disk ---------------------------------------------------------------------------------------------------
 
@@ -94,5 +86,5 @@ def _codebooks(bits: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _searched(bits: int, device: torch.device) -> Codebooks:
-    return Codebooks.of(_codebooks(bits, device, torch.float32))
+def _search(bits: int, device: torch.device) -> SumSearch:
+    return SumSearch.of(_codebooks(bits, device, torch.float32))

@@ -15,6 +15,7 @@ The 8 after the family is the bits of an index; the most are 16. Codebooks are s
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.quant.beam import Codebooks
+from fewbits.quant.beam import SumSearch
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
-from fewbits.quant.formats.joint import JointFormat
+from fewbits.quant.formats.joint import JointFormat, summed
 from fewbits.quant.kmeans import assign, kmeans
 from fewbits.quant.types import Params, Stored, require_stored
 
@@ -50,7 +51,6 @@ class CodebookFormat(JointFormat):
     length: int
 
     unit: ClassVar[str] = "a vector"
-    depth: ClassVar[int] = 1
     rotated: ClassVar[bool] = False
 
     @property
@@ -141,43 +141,40 @@ class VQFormat(CodebookFormat):
         """k-means of all vectors, each weighing what its column does; every stage, of what those before it leave."""
         columns = weight.shape[1]
         weights = torch.ones(columns, device=weight.device) if importance is None else importance.float()
-        left, weights = self._vectors(weight.float()), weights.repeat(len(weight) // self.length)
-        books = []
-        for _ in range(self.stages):
-            books.append(_stored(kmeans(left, weights, self.entries)))
-            left = left - books[-1].float()[assign(left, books[-1].float())[0]]
+        left, weights = self.column_vectors(weight.float()), weights.repeat(len(weight) // self.length)
+        books: list[Tensor] = []
+        for stage in range(self.stages):
+            if stage:
+                left = left - books[-1].float()[assign(left, books[-1].float())[0]]
+            books.append(stored_book(kmeans(left, weights, self.entries)))
         return {"codebook": torch.cat(books)[None]}
 
     def _codebook_shape(self, columns: int) -> tuple[int, ...]:
         return (1, self.stages * self.entries, self.length)
 
-    def _vectors(self, values: Tensor) -> Tensor:
-        """``(N, columns)`` to ``(N / length * columns, length)``."""
-        columns = values.shape[1]
-        return values.reshape(-1, self.length, columns).transpose(1, 2).reshape(-1, self.length)
-
     def encode(self, values: Tensor, params: Params) -> Tensor:
-        columns = values.shape[1]
-        books = params["codebook"].float().view(self.stages, self.entries, self.length)
-        vectors = self._vectors(values.float())
-        one = self.stages == 1
-        found = assign(vectors, books[0])[0][:, None] if one else Codebooks.of(books).search(vectors, BEAM)
-        return self._codes(found.view(-1, columns, self.stages).transpose(1, 2).reshape(-1, columns))
+        vectors = self.column_vectors(values.float())
+        if self.stages == 1:
+            found = assign(vectors, params["codebook"][0].float())[0]
+        else:
+            found = _search(params["codebook"], self.stages).search(vectors, BEAM)
+        return self.code_rows(self._codes(found), values.shape[1])
 
     def looked_up(self, codes: Tensor, books: Tensor) -> Tensor:
-        return books[0][self._flat(codes)].sum(1).transpose(1, 2).reshape(-1, codes.shape[1])
+        return summed(codes, books.view(self.stages, self.entries, self.length))
 
     def adjoint(self, codes: Tensor, values: Tensor, params: Params) -> Tensor:
         out = torch.zeros(self.stages * self.entries, self.length, device=values.device)
-        vectors = self._vectors(values)
-        for stage in self._flat(codes).unbind(1):
-            out.index_add_(0, stage.reshape(-1), vectors)
+        vectors, columns = self.column_vectors(values), codes.shape[1]
+        for book, stage in zip(out.split(self.entries), codes.view(-1, self.stages, columns).unbind(1)):
+            book.index_add_(0, stage.reshape(-1).long(), vectors)
         return out[None]
 
-    def _flat(self, codes: Tensor) -> Tensor:
-        """``(N / length, stages, columns)``: which row of the codebooks, one below the other."""
-        stages = torch.arange(self.stages, device=codes.device)[:, None] * self.entries
-        return codes.view(-1, self.stages, codes.shape[1]).long() + stages
+
+@functools.lru_cache(maxsize=4)
+def _search(codebook: Tensor, stages: int) -> SumSearch:
+    """Of ``codebook (1, stages * entries, length)``, by identity: a sweep asks for every column with the same one."""
+    return SumSearch.of(codebook[0].float().unflatten(0, (stages, -1)))
 
 
 class RowVectors(CodebookFormat):
@@ -234,7 +231,7 @@ class ProductFormat(RowVectors):
         ones = torch.ones(len(weight), device=weight.device)
         books = [kmeans(part.float() * own, ones, self.entries) / own
                  for part, own in zip(weight.split(self.length, 1), scale.split(self.length))]
-        return {"codebook": _stored(torch.stack(books))}
+        return {"codebook": stored_book(torch.stack(books))}
 
     def _codebook_shape(self, columns: int) -> tuple[int, ...]:
         return (self.groups(columns), self.entries, self.length)
@@ -267,9 +264,10 @@ class LowRankVQFormat(RowVectors):
         if importance is not None:  # a vector weighs what its columns do on average
             weights = importance.float().view(-1, self.length).mean(1).repeat(len(weight))
         _, basis = torch.linalg.eigh((vectors * weights[:, None]).T.double() @ vectors.double())
-        basis = _stored(basis[:, -self.rank :].float())
+        basis = stored_book(basis[:, -self.rank :].float())
         # orthonormal but for rounding, so that distances in the subspace are distances
-        return {"codebook": _stored(kmeans(vectors @ basis.float(), weights, self.entries))[None], "basis": basis[None]}
+        book = stored_book(kmeans(vectors @ basis.float(), weights, self.entries))
+        return {"codebook": book[None], "basis": basis[None]}
 
     def storage(self, rows: int, columns: int) -> Stored:
         return super().storage(rows, columns) | {"weight_basis": ((1, self.length, self.rank), torch.float16)}
@@ -284,7 +282,7 @@ class LowRankVQFormat(RowVectors):
         return self._pulled(codes, values, 1) @ params["basis"].float()
 
 
-def _stored(book: Tensor) -> Tensor:
+def stored_book(book: Tensor) -> Tensor:
     """As it is stored: float16, within its range."""
     limit = torch.finfo(torch.float16).max
     return book.clamp(-limit, limit).half()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from fewbits.quant.formats.vq import CodebookFormat
+from fewbits.quant.formats.vq import CodebookFormat, stored_book
 from fewbits.quant.types import Layout, Params, QuantizedTensor, Segment
 
 Codebooks = dict[int, Params]
@@ -45,38 +45,46 @@ def refit_codebooks(
     """
     out, start = dict(codebooks), 0
     for segment in made.segments:
-        fmt, own = segment.format, slice(start, start + segment.columns)
+        own = slice(start, start + segment.columns)
         start = own.stop
-        if not isinstance(fmt, CodebookFormat):
-            continue
-        params = out[own.start]
-
-        def pulled(blocks: Iterable[Tensor], codes: Tensor = segment.codes, fmt: CodebookFormat = fmt,
-                   params: Params = params) -> Tensor:
-            """``D^T`` of an ``(N, columns)`` that comes in blocks of rows."""
-            total, at = torch.zeros(params["codebook"].shape, device=codes.device), 0
-            for block in blocks:
-                n = len(block) // fmt.height * fmt.depth
-                total += fmt.adjoint(codes[at : at + n], block, params)
-                at += n
-            return total
-
-        def normal(change: Tensor, codes: Tensor = segment.codes, fmt: CodebookFormat = fmt,
-                   params: Params = params, own: slice = own) -> Tensor:
-            moved = {**params, "codebook": change}
-            step = max(1, _CHUNK_WEIGHTS // (own.stop - own.start) // fmt.height) * fmt.depth
-            return pulled(fmt.decode(part, moved) @ hessian[own, own] for part in codes.split(step))
-
-        sizes = [len(t) for t in targets()]
-        right = pulled((target - part.dequantize()) @ hessian[:, own]
-                       for target, part in zip(targets(), made.split_rows(sizes)))
-        scale = pulled(hessian.diagonal()[own].expand(n, -1) for n in sizes)
-        change = conjugate_gradients(normal, right, scale)
-        limit = torch.finfo(torch.float16).max
-        book = (params["codebook"].float() + change).clamp(-limit, limit).half()
-        out[own.start] = {**params, "codebook": book}
-        made = with_codebooks(made, out)
+        if isinstance(segment.format, CodebookFormat):
+            change = _refit(made, segment, own, targets(), hessian)
+            book = stored_book(segment.params["codebook"].float() + change)
+            out[own.start] = {**segment.params, "codebook": book}
+            made = with_codebooks(made, out)
     return out
+
+
+def _refit(
+    made: QuantizedTensor, segment: Segment, own: slice, targets: Iterable[Tensor], hessian: Tensor
+) -> Tensor:
+    """The best change of the codebook of one segment of ``made``, whose columns are ``own``."""
+    fmt, codes = segment.format, segment.codes
+    assert isinstance(fmt, CodebookFormat)
+    step = max(1, _CHUNK_WEIGHTS // segment.columns // fmt.height)
+
+    def pulled(blocks: Iterable[Tensor]) -> Tensor:
+        """``D^T`` of an ``(N, columns)`` that comes in blocks of rows."""
+        total, at = torch.zeros(segment.params["codebook"].shape, device=codes.device), 0
+        for block in blocks:
+            n = len(block) // fmt.height * fmt.depth
+            total += fmt.adjoint(codes[at : at + n], block, segment.params)
+            at += n
+        return total
+
+    def normal(change: Tensor) -> Tensor:
+        moved = {**segment.params, "codebook": change}
+        return pulled(fmt.decode(part, moved) @ hessian[own, own] for part in codes.split(step * fmt.depth))
+
+    def residuals() -> Iterator[Tensor]:
+        at = 0
+        for target in targets:
+            rows = made.rows(slice(at, at + len(target)))
+            yield (target - rows.dequantize()) @ hessian[:, own]
+            at += len(target)
+
+    every = hessian.diagonal()[own].expand(segment.rows, -1)
+    return conjugate_gradients(normal, pulled(residuals()), pulled(every.split(step * fmt.height)))
 
 
 def with_codebooks(made: QuantizedTensor, codebooks: Codebooks) -> QuantizedTensor:

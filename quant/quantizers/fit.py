@@ -21,10 +21,14 @@ from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTen
 _CHUNK_WEIGHTS = 1 << 15
 
 
+Fit = tuple[tuple[Format, int], Params, int]
+"""``((format, columns), params, first column)`` of a run."""
+
+
 def fit_layout(
     weight: Tensor, importance: Tensor | None, layout: Layout, codebooks: Codebooks | None = None
-) -> Iterator[tuple[tuple[Format, int], Params, int]]:
-    """For each run of columns of ``weight (N, K)``: ``((format, columns), params, first column)``.
+) -> Iterator[Fit]:
+    """For each run of columns of ``weight (N, K)``.
 
     Args:
         importance: ``(K,)`` weighs the squared error of each column in the clip search; None covers the full range.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
 from fewbits.quant.quantizers.codebooks import Codebooks, fit_codebooks, refit_codebooks, with_codebooks
-from fewbits.quant.quantizers.fit import fit_layout, in_coded_basis
+from fewbits.quant.quantizers.fit import Fit, fit_layout, in_coded_basis
 from fewbits.quant.quantizers.rtn import Clip
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
 
@@ -90,19 +90,30 @@ class GPTQ:
         facts = {"damp": damp}
         blocks = weight.split(max(1, _CHUNK_WEIGHTS // (weight.shape[1] * layout.height)) * layout.height)
 
-        def originals() -> Iterator[Tensor]:
-            return (rows.float().masked_fill(dead, 0) for rows in blocks)
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            """Rows of the weight, and what is rounded for them."""
+            for rows in blocks:
+                original = rows.float().masked_fill(dead, 0)
+                if correction is None:
+                    yield original, original
+                else:
+                    yield original, torch.addmm(original, original, correction).masked_fill(dead, 0)
 
-        def targets() -> Iterator[Tensor]:
-            for rows in originals():
-                yield rows if correction is None else torch.addmm(rows, rows, correction).masked_fill(dead, 0)
+        grids: list[list[Fit]] = []  # of the original weights, whatever is rounded on them; codebooks come and go
 
         def sweep(books: Codebooks) -> QuantizedTensor:
-            parts = []
-            for rows, target in zip(originals(), targets()):
-                # the grid is that of the original weights, whatever the target
-                fits = fit_layout(rows, importance if self.clip == "search" else None, layout, books)
-                parts.append(self._quantize_rows(target, list(fits), lower, order))
+            parts, moved, size = [], 0.0, 0.0
+            for i, (original, target) in enumerate(pairs()):
+                if i == len(grids):
+                    weighed = importance if self.clip == "search" else None
+                    grids.append(list(fit_layout(original, weighed, layout, books)))
+                fits = [(run, books.get(start, params), start) for run, params, start in grids[i]]
+                parts.append(self._quantize_rows(target, fits, lower, order))
+                if correction is not None:
+                    moved += float((target - original).square().sum())
+                    size += float(original.square().sum())
+            if correction is not None:
+                facts["qep_shift"] = (moved / size) ** 0.5 if size else 0.0
             return QuantizedTensor.concat_rows(parts)
 
         books = fit_codebooks(weight, importance, layout)
@@ -110,17 +121,17 @@ class GPTQ:
         if any(books.values()):
             hessian = stats.hessian
             hessian.diagonal().copy_(importance + damp * importance.mean())
+
+            def refit() -> Codebooks:
+                return refit_codebooks(made, lambda: (target for _, target in pairs()), hessian, books)
+
             for _ in range(self.refits):
-                books = refit_codebooks(made, targets, hessian, books)
+                books = refit()
                 made = sweep(books)
-            made = with_codebooks(made, refit_codebooks(made, targets, hessian, books))
-        if correction is not None:
-            size = sum(float(rows.square().sum()) for rows in originals())
-            moved = sum(float((t - rows).square().sum()) for rows, t in zip(originals(), targets()))
-            facts["qep_shift"] = (moved / size) ** 0.5 if size else 0.0
+            made = with_codebooks(made, refit())
         return made, facts
 
-    def _quantize_rows(self, target: Tensor, fits: list, lower: Tensor, order: Tensor) -> QuantizedTensor:
+    def _quantize_rows(self, target: Tensor, fits: list[Fit], lower: Tensor, order: Tensor) -> QuantizedTensor:
         columns = []
         for (fmt, n), params, _ in fits:
             for g in range(groups := fmt.groups(n)):

@@ -61,7 +61,7 @@ def test_split_columns_add_up(family: str, name: str) -> None:
     kernels = pytest.importorskip(f"fewbits.kernels.triton_{'vectors' if family == 'rvq' else family}")
     fmt = parse_format(f"{family}3")
     words, weight = packed(fmt, 64, 264)
-    x, more = torch.randn(2, 264), [] if family == "rvq" else [fmt]
+    x, more = torch.randn(2, 264), [fmt] if family == "trellis" else []
     for split in (1, 2, 3):
         y = getattr(kernels, name)(x, *words, *more, split)
         torch.testing.assert_close(y.double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)

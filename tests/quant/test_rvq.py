@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fewbits
 from fewbits.kernels.cpu import search as compiled
-from fewbits.quant.beam import Codebooks, beam_search
+from fewbits.quant.beam import SumSearch, beam_search
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import parse_format, parse_layout
 from fewbits.quant.formats.rvq import BEAM, RVQFormat
@@ -124,7 +124,7 @@ def test_bits_that_it_has_not(tiny, tmp_path: Path, settings: dict[str, Any]) ->
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_compiled_search_finds_what_torch_finds(bits: int) -> None:
     vectors, books = normal(3000, 8, seed=6), RVQFormat(bits).books(torch.device("cpu"))
-    fast, slow = Codebooks.of(books).search(vectors, BEAM), beam_search(vectors, books, BEAM)
+    fast, slow = SumSearch.of(books).search(vectors, BEAM), beam_search(vectors, books, BEAM)
     assert float((fast == slow).all(1).float().mean()) > 0.995  # sums in another order end a tie another way
     lost = [float(errors(vectors, books, codes).mean()) for codes in (fast, slow)]
     assert lost[0] == pytest.approx(lost[1], rel=1e-4)
@@ -137,12 +137,12 @@ def test_compiled_wide_beam_finds_the_best_sum_of_all(stages: int) -> None:
     every = torch.tensor(list(itertools.product(range(16), repeat=stages)))
     sums = torch.stack([book[every[:, m]] for m, book in enumerate(books)]).sum(0)
     best = torch.cdist(vectors, sums).square().amin(1)
-    found = Codebooks.of(books).search(vectors, 5000)
+    found = SumSearch.of(books).search(vectors, 5000)
     torch.testing.assert_close(errors(vectors, books, found), best, rtol=1e-4, atol=1e-4)
 
 
 def test_the_search_does_not_depend_on_threads() -> None:
-    vectors, books = normal(500, 8, seed=6), Codebooks.of(RVQFormat(3).books(torch.device("cpu")))
+    vectors, books = normal(500, 8, seed=6), SumSearch.of(RVQFormat(3).books(torch.device("cpu")))
     one = books.search(vectors, BEAM)
     torch.set_num_threads(2)
     two = books.search(vectors, BEAM)
