@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewbits.kernels.choice import TRITON_GEMV_TOKENS, from_triton, has_triton, pick
 from fewbits.kernels.cpu import pvq as cpu_pvq
+from fewbits.kernels.cpu import row_vectors as cpu_row_vectors
 from fewbits.kernels.cpu import trellis as cpu_trellis
 from fewbits.kernels.cpu import vectors as cpu_vectors
 from fewbits.quant.formats import parse_format
@@ -76,9 +77,9 @@ def _vectors(tensors: Mapping[str, Tensor], fmt: VQFormat, rows: int, columns: i
 
 
 def _looked_up(tensors: Mapping[str, Tensor], fmt: RowVectors, rows: int, columns: int) -> Operands:
-    """Codes ``(N, places)``, and entries in float32."""
+    """Codes ``(N, places)``, and float32 ``(places or 1, length, entries)``: entries side by side."""
     codes, params = fmt.unpack(tensors, rows, columns)
-    return [codes.contiguous(), fmt.books(params).contiguous()]
+    return [codes.contiguous(), fmt.books(params).mT.contiguous()]
 
 
 FAMILIES: dict[type, Family] = {
@@ -91,8 +92,8 @@ FAMILIES: dict[type, Family] = {
         lambda o, f: cpu_vectors.dequantize(*o))
        for family, operands in ((RVQFormat, _universal), (VQFormat, _vectors))},
     **dict.fromkeys((ProductFormat, LowRankVQFormat), Family(
-        _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(*o),
-        lambda o, f: f.looked_up(*o))),
+        _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(o[0], o[1].mT),
+        lambda o, f: cpu_row_vectors.dequantize(*o))),
     PVQFormat: Family(
         _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), lambda o, f: f.dense(*o),
         lambda o, f: cpu_pvq.dequantize(*o)),
@@ -133,6 +134,11 @@ def _even(fmt: RVQFormat | VQFormat) -> bool:
     return fmt.height in cpu_vectors.HEIGHTS
 
 
+def _small_table(fmt: RowVectors) -> bool:
+    """Whether the products of inputs and entries are at most 4 KB a column, and so less than most weights."""
+    return fmt.entries <= 1024 * fmt.length
+
+
 def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
     return x.float() @ FAMILIES[type(fmt)].compiled(operands, fmt).T
 
@@ -160,8 +166,9 @@ CODED_KERNELS: dict[str, CodedKernel] = {
     "cpu_vector_gemv": CodedKernel(lambda x, o, f: cpu_vectors.gemv(x, *o), (RVQFormat, VQFormat), "cpu",
                                    cpu_vectors.GEMV_TOKENS, cpu_vectors.available, _even),
     "cpu_vector_dense": CodedKernel(_dense, (RVQFormat, VQFormat), "cpu", None, cpu_vectors.available, _even),
-    "cpu_table_gemv": CodedKernel(lambda x, o, f: cpu_vectors.table_gemv(x, *o), RowVectors, "cpu",
-                                  cpu_vectors.TABLE_TOKENS, cpu_vectors.available),
+    "cpu_row_gemv": CodedKernel(lambda x, o, f: cpu_row_vectors.gemv(x, *o), RowVectors, "cpu",
+                                cpu_row_vectors.GEMV_TOKENS, cpu_row_vectors.available, _small_table),
+    "cpu_row_dense": CodedKernel(_dense, RowVectors, "cpu", None, cpu_row_vectors.available),
     "cpu_pvq_gemv": CodedKernel(lambda x, o, f: cpu_pvq.gemv(x, *o), PVQFormat, "cpu", cpu_pvq.GEMV_TOKENS,
                                 cpu_pvq.available),
     "cpu_pvq_dense": CodedKernel(_dense, PVQFormat, "cpu", None, cpu_pvq.available),

@@ -74,8 +74,12 @@ LIBRARIES = {
         "fewbits_vector_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _LONG, _INT,
                                 _INT],
         "fewbits_vector_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _LONG, _INT, _INT],
-        "fewbits_table_sum": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT],
     }, flags=("-ffp-contract=off",)),  # whether sums are contracted would depend on the number of tokens
+    "row_vector_matmul": Library("layers of product codes run in plain torch, several times slower", {
+        "fewbits_row_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG, _INT,
+                             _INT, _INT],
+        "fewbits_row_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _INT],
+    }, flags=("-ffp-contract=off",)),
     "pvq_matmul": Library("layers of pyramid vectors run in plain torch, several times slower", {
         "fewbits_pvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
         "fewbits_pvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT],

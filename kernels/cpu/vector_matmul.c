@@ -1,8 +1,8 @@
 /* Product of a few tokens with a matrix of vector codes, and dense float32 rows from such codes.
  *
- * A vector is `height` (2, 4 or 8) rows of one column: the sum of one entry of each of `stages` codebooks (entries, height).
- * `codes` is (rows / height, stages, columns), of bytes or of 32-bit integers. See quant/formats/rvq.py and vq.py; the sums
- * of tables at the end are for vectors of columns.
+ * A vector is `height` (2, 4 or 8) rows of one column: the sum of one entry of each of `stages` codebooks (entries,
+ * height). `codes` is (rows / height, stages, columns), of bytes or of 32-bit integers. See quant/formats/rvq.py and
+ * vq.py.
  *
  * Written with GCC/Clang vector extensions.
  */
@@ -89,8 +89,8 @@ KERNELS(8, int32_t, 8_words)
     }                                                                                                                \
     return 0;
 
-/* y (tokens, rows) = x (tokens, columns) times the codes, which are 32-bit where `wide`. One thread computes all of a row,
- * so results depend neither on the number of threads nor on the number of tokens. */
+/* y (tokens, rows) = x (tokens, columns) times the codes, which are 32-bit where `wide`. One thread computes all of a
+ * row, so results depend neither on the number of threads nor on the number of tokens. */
 int fewbits_vector_gemv(const float *x, const void *codes, const float *books, float *y, long tokens, long rows,
                         long columns, int height, int stages, long entries, int wide, int threads) {
 #define GEMV(N) { gemv_##N(x, codes, books, y, tokens, rows, columns, stages, entries, threads); }
@@ -102,21 +102,4 @@ int fewbits_vector_dequantize(const void *codes, const float *books, float *out,
                               int stages, long entries, int wide, int threads) {
 #define DEQUANTIZE(N) { dequantize_##N(codes, books, out, rows, columns, stages, entries, threads); }
     EACH(DEQUANTIZE)
-}
-
-/* y[m][n] = sum over places g of tables[m][g][codes[n][g]] */
-int fewbits_table_sum(const float *tables, const void *codes, float *y, long tokens, long rows, long places,
-                      long entries, int wide, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long n = 0; n < rows; n++)
-        for (long m = 0; m < tokens; m++) {
-            const float *table = tables + m * places * entries;
-            float sum[4] = {0};
-            for (long g = 0; g < places; g++) {
-                const long at = n * places + g;
-                sum[g % 4] += table[g * entries + (wide ? ((const int32_t *)codes)[at] : ((const uint8_t *)codes)[at])];
-            }
-            y[m * rows + n] = sum[0] + sum[1] + (sum[2] + sum[3]);
-        }
-    return 0;
 }

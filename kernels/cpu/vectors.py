@@ -1,4 +1,4 @@
-"""The compiled products of vector codes behind torch tensors; see ``quant/formats/rvq.py`` and ``vq.py``."""
+"""The compiled product of vectors of rows behind torch tensors; see ``quant/formats/rvq.py`` and ``vq.py``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ HEIGHTS = (2, 4, 8)
 """Rows of a vector that are compiled."""
 
 GEMV_TOKENS = 12
-"""Up to here, looking vectors up again for every 4 tokens beats a dense copy of the weight."""
-
-TABLE_TOKENS = 8
-"""Up to here, tables of the products of inputs and entries beat a dense copy of the weight."""
+"""Up to here, looking vectors up again for every 4 tokens beats a dense copy of the weight (vectors 2 high: up to 5)."""
 
 
 def available() -> bool:
@@ -45,19 +42,3 @@ def dequantize(codes: Tensor, books: Tensor) -> Tensor:
         codes.data_ptr(), books.data_ptr(), out.data_ptr(), *out.shape, books.shape[1], stages, len(books) // stages,
         codes.dtype == torch.int32, torch.get_num_threads())
     return out
-
-
-def table_gemv(x: Tensor, codes: Tensor, books: Tensor) -> Tensor:
-    """``x (M, K) -> (M, N)`` float32, of ``codes (N, places)`` and ``books (places or 1, entries, length)``.
-
-    Every entry is multiplied by the inputs of its place once; an output is then a sum over a table.
-    """
-    library = load("vector_matmul")
-    assert library is not None, "ask available() first"
-    rows, places = codes.shape
-    # token by token, so that a result does not depend on how many there are
-    tables = torch.stack([(books.float() @ token.view(places, -1, 1)).squeeze(2) for token in x.float()])
-    y = torch.empty(len(x), rows, dtype=torch.float32)
-    library.fewbits_table_sum(tables.data_ptr(), codes.data_ptr(), y.data_ptr(), len(x), rows, places, books.shape[1],
-                              codes.dtype == torch.int32, torch.get_num_threads())
-    return y

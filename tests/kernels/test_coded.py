@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,11 +18,17 @@ from fewbits.quant.formats import parse_format, parse_layout
 from fewbits.quant.quantizers import RTN
 from fewbits.quant.types import Format
 
-SHAPES = [(32, 8), (96, 72), (64, 264)]
+SHAPES = [(32, 8), (96, 72), (64, 264), (48, 96)]
 NAMES = ["trellis1_l16", "trellis2_l11", "trellis3", "trellis4_l16", "rvq2", "rvq3", "rvq4", "pvq2", "pvq3", "pvq4",
-         "vq8_v4", "vq8x2_v8", "vq12_v2", "vq8_v16", "pq8_v8", "pq9_v4", "lrvq8_v4_d3"]
+         "vq8_v4", "vq8x2_v8", "vq9x3_v2", "vq12_v2", "vq12_v6", "vq8_v16", "pq8_v8", "pq9_v4", "pq12_v32",
+         "lrvq8_v4_d3"]
 
 
+def shapes(fmt: Format) -> list[tuple[int, int]]:
+    return [(rows, columns) for rows, columns in SHAPES if rows % fmt.height == 0 and columns % fmt.span == 0]
+
+
+@lru_cache(maxsize=128)
 def packed(fmt: Format, rows: int, columns: int) -> tuple[coded.Operands, Tensor]:
     """Of normal values: what kernels read, and the float64 weight that it means."""
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
@@ -42,9 +49,9 @@ def test_matches_the_format(name: str, kernel: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{kernel} cannot run here (no compiler or no Triton)")
     device = "cuda" if found.device == "cuda" and torch.cuda.is_available() else "cpu"
     slow = device == "cpu" and kernel.startswith("triton")  # in the interpreter
-    for rows, columns in SHAPES[1:] if slow else SHAPES:
+    for rows, columns in shapes(fmt)[-2:] if slow else shapes(fmt):
         stored, weight = packed(fmt, rows, columns)
-        for tokens in (1, 17) if slow else (1, 2, 3, 7, 33):
+        for tokens in (1, 2, 3, 7, 33) if not slow else (1, 3) if found.max_tokens else (1, 3, 17):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(device, dtype)
             y = found.run(x, [t.to(device) for t in stored], fmt).cpu().double()
             exact = x.cpu().double() @ weight.T
@@ -71,11 +78,12 @@ def test_split_columns_add_up(family: str, name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "trellis1_l10", "trellis4_l10"])
 def test_compiled_rows_are_exact_and_do_not_depend_on_threads(name: str) -> None:
     fmt = parse_format(name)
-    stored, weight = packed(fmt, 96, 72)
+    rows, columns = shapes(fmt)[-1]
+    stored, weight = packed(fmt, rows, columns)
     if coded.select(fmt, 1, "cpu") == "coded_reference":
         pytest.skip("its vectors are not 2, 4 or 8 high")
     assert torch.equal(FAMILIES[type(fmt)].compiled(stored, fmt).double(), weight)
-    kernel, x = CODED_KERNELS[coded.select(fmt, 1, "cpu")], torch.randn(5, 72)
+    kernel, x = CODED_KERNELS[coded.select(fmt, 1, "cpu")], torch.randn(5, columns)
     one = kernel.run(x, stored, fmt)
     torch.set_num_threads(2)
     assert torch.equal(kernel.run(x, stored, fmt), one)
