@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_trellis, triton_vectors
+from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_row_vectors, triton_trellis, triton_vectors
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile, tile_for
 
 TIMEOUT = 600
@@ -59,7 +59,8 @@ CHIPS = {
 class Job:
     """A kernel at one problem: ``tokens`` times a ``rows`` x ``columns`` weight in groups of ``group`` columns.
 
-    A rotation has no ``bits``; its block is ``group``.
+    A rotation has no ``bits``; its block is ``group``. Vectors with codebooks of their own are 4 rows or 8 columns, and
+    ``bits`` are those of an index.
     """
 
     kernel: str
@@ -75,12 +76,16 @@ class Job:
     def format(self) -> str:
         if self.kernel in ROTATIONS:
             return f"had{self.group}"
+        if self.kernel in OWN:
+            return f"{OWN[self.kernel][0]}{self.bits}_v{OWN[self.kernel][1]}"
         if family := self.kernel.rpartition("_")[0]:
             return f"{family}{self.bits}"
         return f"int{self.bits}{'_sym' if self.symmetric else ''}_g{self.group}"
 
 
 ROTATIONS = ("rotate_in", "rotate_out")
+OWN = {"vq_gemv": ("vq", 4), "vq_gemm": ("vq", 4), "row_gemv": ("pq", 8)}
+"""Kernels of codebooks that a weight has of its own -> family of the format, length of a vector."""
 
 QUICK = tuple(Job(kernel, bits, tokens=tokens) for bits in RUNS for kernel, tokens in (("gemv", 1), ("gemm", 256)))
 """Each bit width with each kernel, asymmetric (the larger code)."""
@@ -93,8 +98,11 @@ def _coded(family: str, widths: tuple[int, ...]) -> tuple[Job, ...]:
 
 QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,)) + _coded("pvq", (2,))  # points are bytes at every width
 QUICK += tuple(Job(kernel, 0) for kernel in ROTATIONS)
+QUICK += (Job("vq_gemv", 8), Job("row_gemv", 8))
 
-FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + tuple(
+FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + _coded("vq", (12,)) + (
+    Job("vq_gemm", 8, tokens=256), Job("row_gemv", 12),
+) + tuple(
     Job(kernel, 0, group=block, dtype=dtype) for kernel in ROTATIONS for block in (16, 32, 64, 128)
     for dtype in ("fp16", "bf16") if (block, dtype) != (128, "fp16")
 ) + tuple(
@@ -140,6 +148,8 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     """Arguments that the launcher passes for this job, pointers as type names, and its tile."""
     if job.kernel in ROTATIONS:
         return _rotation_arguments(job)
+    if job.kernel == "row_gemv":
+        return _row_arguments(job)
     if "_" in job.kernel:
         return _coded_arguments(job, chip)
     words = job.columns * job.bits // 32
@@ -160,17 +170,30 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
 
 def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     family, _, kernel = job.kernel.partition("_")
-    module = {"trellis": triton_trellis, "rvq": triton_vectors, "pvq": triton_pvq}[family]
+    module = {"trellis": triton_trellis, "rvq": triton_vectors, "vq": triton_vectors, "pvq": triton_pvq}[family]
     tile = module.GEMV_TILE if kernel == "gemv" else tile_for(job.tokens, module.GEMM_TILES)
+    stages, height, entries = (1, OWN[job.kernel][1], 1 << job.bits) if family == "vq" else (job.bits, 8, 256)
     even, nvidia = job.columns % tile.b_k == 0, chip.target.backend == "cuda"
     known: dict[str, object] = {
-        "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "pvq": "*i8"}[family], "p_books": "*fp16",
-        "p_s": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns,
+        "p_x": f"*{job.dtype}", "p_w": {"trellis": "*i32", "rvq": "*u8", "vq": _index(job), "pvq": "*i8"}[family],
+        "p_books": "*fp16", "p_s": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows, "K": job.columns,
         "steps": job.columns // tile.b_k, "step": "fp32", "s_xm": job.columns, "s_ym": job.rows,
-        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": job.bits, "HEIGHT": 8, "ENTRIES": 256,
-        "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n, "b_k": tile.b_k,
+        "s_ys": job.tokens * job.rows, "BITS": job.bits, "STATES": 16, "STAGES": stages, "HEIGHT": height,
+        "ENTRIES": entries, "EVEN": even, "DP4A": nvidia, "WIDE": job.dtype == "fp32", "b_m": tile.b_m,
+        "b_n": tile.b_n, "b_k": tile.b_k,
     }
     return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
+
+
+def _row_arguments(job: Job) -> tuple[dict[str, object], Tile]:
+    length = OWN[job.kernel][1]
+    tile = triton_row_vectors.gemv_tile(job.columns // length, length)
+    return {"p_t": "*fp32", "p_w": _index(job), "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows,
+            "G": job.columns // length, "ENTRIES": 1 << job.bits, "b_n": tile.b_n, "b_g": tile.b_k // length}, tile
+
+
+def _index(job: Job) -> str:
+    return "*u8" if job.bits == 8 else "*i32"
 
 
 def _rotation_arguments(job: Job) -> tuple[dict[str, object], Tile]:
@@ -187,6 +210,8 @@ KERNELS = {
     "gemv": triton_int.int_gemv, "gemm": triton_int.int_gemm,
     "trellis_gemv": triton_trellis.trellis_gemv, "trellis_gemm": triton_trellis.trellis_gemm,
     "rvq_gemv": triton_vectors.vector_gemv, "rvq_gemm": triton_vectors.vector_gemm,
+    "vq_gemv": triton_vectors.vector_gemv, "vq_gemm": triton_vectors.vector_gemm,
+    "row_gemv": triton_row_vectors.row_gemv,
     "pvq_gemv": triton_pvq.pvq_gemv, "pvq_gemm": triton_pvq.pvq_gemm,
     "rotate_in": triton_rotation.rotate_in_kernel, "rotate_out": triton_rotation.rotate_out_kernel,
 }

@@ -24,7 +24,7 @@ from fewbits.quant.formats.joint import summed
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
-from fewbits.quant.formats.vq import LowRankVQFormat, ProductFormat, RowVectors, VQFormat
+from fewbits.quant.formats.vq import CodebookFormat, LowRankVQFormat, ProductFormat, RowVectors, VQFormat
 from fewbits.quant.types import Format
 
 Operands = list[Tensor]
@@ -143,6 +143,10 @@ def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
     return x.float() @ FAMILIES[type(fmt)].compiled(operands, fmt).T
 
 
+def _rounded(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
+    return x @ FAMILIES[type(fmt)].decode(operands, fmt).to(x.dtype).T
+
+
 def _reference(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
     return x.float() @ FAMILIES[type(fmt)].decode(operands, fmt).T
 
@@ -156,6 +160,8 @@ CODED_KERNELS: dict[str, CodedKernel] = {
                                       has_triton, _even),
     "triton_vector_gemm": CodedKernel(_triton("vectors", "gemm"), (RVQFormat, VQFormat), "cuda", None, has_triton,
                                       _even),
+    "triton_row_gemv": CodedKernel(_triton("row_vectors", "gemv"), RowVectors, "cuda",
+                                   TRITON_GEMV_TOKENS, has_triton, _small_table),
     "triton_pvq_gemv": CodedKernel(_triton("pvq", "gemv"), PVQFormat, "cuda", TRITON_GEMV_TOKENS,
                                        has_triton),
     "triton_pvq_gemm": CodedKernel(_triton("pvq", "gemm"), PVQFormat, "cuda", None,
@@ -172,6 +178,7 @@ CODED_KERNELS: dict[str, CodedKernel] = {
     "cpu_pvq_gemv": CodedKernel(lambda x, o, f: cpu_pvq.gemv(x, *o), PVQFormat, "cpu", cpu_pvq.GEMV_TOKENS,
                                 cpu_pvq.available),
     "cpu_pvq_dense": CodedKernel(_dense, PVQFormat, "cpu", None, cpu_pvq.available),
+    "cuda_codebook_dense": CodedKernel(_rounded, CodebookFormat, "cuda", None, lambda: True),
     "coded_reference": CodedKernel(_reference, None, None, None, lambda: True),
 }
 """Name -> kernel, in order of preference; the last takes whatever the others do not."""
