@@ -11,7 +11,7 @@ HEIGHTS = (2, 4, 8)
 """Rows of a vector that are compiled."""
 
 GEMV_TOKENS = 12
-"""Up to here, looking vectors up again for every 4 tokens beats a dense copy of the weight (vectors 2 high: up to 5)."""
+"""Up to here, looking vectors up again for every 4 tokens beats a dense copy of the weight (2 high: up to 4)."""
 
 
 def available() -> bool:

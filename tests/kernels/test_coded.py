@@ -90,6 +90,15 @@ def test_compiled_rows_are_exact_and_do_not_depend_on_threads(name: str) -> None
     assert torch.equal(kernel.run(x[2:3], stored, fmt), one[2:3])
 
 
+@pytest.mark.skipif(not trellis.available(), reason="no C compiler")
+@pytest.mark.parametrize(("name", "kernel"), [
+    ("pq8_v8", "cpu_row_gemv"), ("lrvq12_v4_d2", "cpu_row_gemv"), ("lrvq13_v4_d2", "cpu_row_dense"),
+    ("pq16_v64", "cpu_row_gemv"), ("vq8_v4", "cpu_vector_gemv"), ("vq12_v6", "coded_reference"),
+])
+def test_tables_that_outgrow_a_weight_are_not_made(name: str, kernel: str) -> None:
+    assert coded.select(parse_format(name), 1, "cpu") == kernel
+
+
 @pytest.mark.parametrize("name", ["trellis2", "rvq2", "pvq2", "vq8_v4", "pq8_v8"])
 def test_the_operator_is_opaque_and_has_a_gradient(name: str) -> None:
     fmt = parse_format(name)
