@@ -1,4 +1,4 @@
-"""Dense little-endian bit streams in int32 words: the disk layout of every integer code.
+"""Dense little-endian bit streams in int32 words: the disk layout of every integer code; trits five to a byte.
 
 The layout is that of compressed-tensors ``pack-quantized``: code ``j`` of a row occupies bits ``[j*b, (j+1)*b)`` of
 that row's stream, counted from the least significant bit of the first word, so 32 codes fill exactly ``b`` words and
@@ -59,3 +59,37 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
             value = (value & ((1 << low) - 1)) | (words[..., word + 1] << low)
         codes[..., j] = (value & mask).to(torch.uint8)
     return codes.view(rows, -1)[:, :count]
+
+
+TRITS = 5
+"""In a byte: 3^5 = 243."""
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Pack codes ``(N, K)`` of 0, 1 and 2 into bytes ``(N, ceil(K/5))``, rows padded with code 0.
+
+    Five digits, the first the most significant, make ``v < 243``, stored as ``ceil(256 v / 243)``: multiplied by 3 in
+    8 bits, a byte gives up its first digit as the carry, which is how ggml's TQ1_0 reads it.
+
+    Raises:
+        ValueError: a code is out of range.
+    """
+    if codes.numel() and int(codes.max()) > 2:
+        raise ValueError(f"codes: got up to {int(codes.max())}, needed 0 to 2")
+    digits = torch.nn.functional.pad(codes.int(), (0, -codes.shape[1] % TRITS)).unflatten(1, (-1, TRITS))
+    value = digits[..., 0]
+    for digit in digits.unbind(-1)[1:]:
+        value = 3 * value + digit
+    return ((256 * value + 242) // 243).to(torch.uint8)
+
+
+def unpack_trits(packed: Tensor, count: int) -> Tensor:
+    """Inverse of :func:`pack_trits`: bytes ``(N, ceil(count/5))`` to codes ``(N, count)`` uint8.
+
+    Any byte means some five digits.
+    """
+    digits, rest = [], packed.int()
+    for _ in range(TRITS):
+        digits.append((rest * 3) >> 8)
+        rest = (rest * 3) & 255
+    return torch.stack(digits, -1).flatten(1)[:, :count].to(torch.uint8)

@@ -74,6 +74,10 @@ class Format(Protocol):
         """
         ...
 
+    def shared(self, weight: Tensor) -> dict[str, Tensor]:
+        """Parameters that all of ``weight (N, K)`` has in common; :meth:`fit` takes them by name. Most have none."""
+        ...
+
     def encode(self, values: Tensor, params: Params) -> Tensor:
         """Nearest codes (uint8) of ``values``; each parameter broadcasts against ``values``.
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fewbits.quant.errors import FormatError, nearest
+from fewbits.quant.formats.grid import TABLES, GridFormat
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.levels import BASES, LevelsFormat
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
@@ -16,6 +18,8 @@ from fewbits.quant.types import Format, Layout
 
 FORMATS: dict[str, Callable[[str], Format | None]] = {
     "int": IntFormat.parse,
+    "levels": LevelsFormat.parse,
+    "grid": GridFormat.parse,
     "trellis": TrellisFormat.parse,
     "rvq": RVQFormat.parse,
     "pvq": PVQFormat.parse,
@@ -40,7 +44,9 @@ def parse_format(name: str) -> Format:
 
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
 EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"{f}{b}" for f in ("rvq", "pvq") for b in range(2, 5)]
-EXAMPLES += ["vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
+EXAMPLES += [f"{b}{m}_{g}" for b in BASES for m in ("", "_mean") for g in ("g64", "g128", "row")]
+EXAMPLES += [f"{t}_{g}" for t in TABLES if t[:2] not in ("mx", "nv") for g in ("g64", "g128", "row")]
+EXAMPLES += ["mxfp4", "nvfp4", "ternary_mean_g128_b3", "vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
 
 
 _SORTED, _ROTATED = "perm:", "had:"

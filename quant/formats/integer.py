@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
-from fewbits.quant.errors import FormatError
+from fewbits.quant.formats.scalar import ScalarFormat, group_name, storable
 from fewbits.quant.types import Params, require_stored
 
 _NAME = re.compile(r"int([1-8])(_sym)?_(?:g([1-9]\d*)|row)(_bf16|_f32)?")
@@ -28,7 +28,7 @@ _FINE = [-0.025, 0.025]
 
 
 @dataclass(frozen=True)
-class IntFormat:
+class IntFormat(ScalarFormat):
     """Integers of ``code_bits`` bits over groups of ``group_size`` columns (None: the whole row)."""
 
     code_bits: int
@@ -36,14 +36,10 @@ class IntFormat:
     symmetric: bool = False
     scale_dtype: torch.dtype = torch.float16
 
-    span = width = height = depth = 1
-    rotated = False
-    joint = False
-
     @property
     def name(self) -> str:
-        group = f"g{self.group_size}" if self.group_size else "row"
-        return f"int{self.code_bits}{'_sym' if self.symmetric else ''}_{group}{_SCALE_NAMES[self.scale_dtype]}"
+        sym = "_sym" * self.symmetric
+        return f"int{self.code_bits}{sym}_{group_name(self.group_size)}{_SCALE_NAMES[self.scale_dtype]}"
 
     @staticmethod
     def parse(name: str) -> IntFormat | None:
@@ -56,14 +52,6 @@ class IntFormat:
     @property
     def levels(self) -> int:
         return 1 << self.code_bits
-
-    def groups(self, columns: int) -> int:
-        size = self.group_size or columns
-        if columns % size:
-            divisors = [str(d) for d in (16, 32, 64, 96, 128, 192, 256) if columns % d == 0]
-            hint = f"one that divides it ({', '.join(divisors)}) or " if divisors else ""
-            raise FormatError(f"K = {columns} is not a multiple of group_size {size}; choose {hint}'row' or 'auto'")
-        return columns // size
 
     # -- choosing parameters ------------------------------------------------------------------------------------
 
@@ -113,23 +101,11 @@ class IntFormat:
             ideal = torch.maximum(-low, high) / max(self.levels / 2 - 0.5, 0.5)
         else:
             ideal = (high - low) / (self.levels - 1)
-        scale = self._storable(ideal)
+        scale = storable(ideal, self.scale_dtype)
         if self.symmetric:
             return {"scale": scale}
         zero = torch.round(-low / scale.float()).clamp(0, self.levels - 1)
         return {"scale": scale, "zero_point": zero.to(torch.uint8)}
-
-    def _storable(self, ideal: Tensor) -> Tensor:
-        """Scales as stored; an all-zero group gets 1, so that it decodes to exact zeros."""
-        limits = torch.finfo(self.scale_dtype)
-        if bool((ideal > limits.max).any()):
-            raise FormatError(
-                f"scale: got {float(ideal.max()):.3g}, {self.scale_dtype} holds at most {limits.max:.3g}; "
-                "set format.scale_dtype = 'bfloat16'"
-            )
-        # subnormal scales are stored down to where five of their bits are left
-        least = limits.smallest_normal / 32
-        return torch.where(ideal > 0, ideal.clamp(min=least), torch.ones_like(ideal)).to(self.scale_dtype)
 
     # -- codes --------------------------------------------------------------------------------------------------
 
@@ -142,6 +118,9 @@ class IntFormat:
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return (codes.float() - self._zero(params)) * params["scale"].float()
+
+    def linear(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        return {"scale": codes.float() - self._zero(params)}
 
     # -- disk ---------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ class JointFormat:
     def fit(self, weight: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         return {}
 
+    def shared(self, weight: Tensor) -> dict[str, Tensor]:
+        return {}
+
     def tiles(self, rows: int, columns: int) -> tuple[int, int]:
         """Tiles that a weight has, one below the other and side by side; raises FormatError where some are cut."""
         self.groups(columns)

@@ -11,21 +11,27 @@ from fewbits.quant.formats.vq import CodebookFormat, stored_book
 from fewbits.quant.types import Layout, Params, QuantizedTensor, Segment
 
 Codebooks = dict[int, Params]
-"""First column of a run of a joint format -> what its codes share."""
+"""First column of a run -> what its rows share."""
 
 _CHUNK_WEIGHTS = 1 << 21
 _STEPS = 20
 _ENOUGH = 1e-8  # of the squared residual of the normal equations
 
 
+def has_codebooks(layout: Layout) -> bool:
+    return any(isinstance(fmt, CodebookFormat) for fmt, _ in layout.runs)
+
+
 def fit_codebooks(weight: Tensor, importance: Tensor | None, layout: Layout) -> Codebooks:
-    """Of every joint run of ``weight (N, K)``, errors weighed by ``importance (K,)``."""
+    """Of every run of ``weight (N, K)`` whose rows share parameters, errors weighed by ``importance (K,)``."""
     out: Codebooks = {}
     start = 0
     for fmt, columns in layout.runs:
+        own = slice(start, start + columns)
         if fmt.joint:
-            own = slice(start, start + columns)
             out[start] = fmt.fit(weight[:, own], None if importance is None else importance[own])
+        else:
+            out[start] = fmt.shared(weight[:, own])
         start += columns
     return out
 
@@ -91,7 +97,8 @@ def with_codebooks(made: QuantizedTensor, codebooks: Codebooks) -> QuantizedTens
     """The same codes with other codebooks."""
     segments, start = [], 0
     for segment in made.segments:
-        segments.append(Segment(segment.format, segment.codes, codebooks.get(start, segment.params)))
+        params = codebooks.get(start, segment.params) if segment.format.joint else segment.params
+        segments.append(Segment(segment.format, segment.codes, params))
         start += segment.columns
     return QuantizedTensor(made.shape, tuple(segments))
 

@@ -32,13 +32,14 @@ def fit_layout(
 
     Args:
         importance: ``(K,)`` weighs the squared error of each column in the clip search; None covers the full range.
-        codebooks: the parameters of joint runs, which are those of more rows than these; None: of these.
+        codebooks: what rows share, as it is of more rows than these; None: of these.
     """
     start = 0
     for fmt, columns in layout.runs:
         own = slice(start, start + columns)
         if not fmt.joint:
-            params = _fit_groups(fmt, weight[:, own], None if importance is None else importance[own])
+            shared = fmt.shared(weight[:, own]) if codebooks is None else codebooks.get(start, {})
+            params = _fit_groups(fmt, weight[:, own], None if importance is None else importance[own], shared)
         elif codebooks is None:
             params = fmt.fit(weight[:, own], None if importance is None else importance[own])
         else:
@@ -47,7 +48,7 @@ def fit_layout(
         start = own.stop
 
 
-def _fit_groups(fmt: Format, weight: Tensor, importance: Tensor | None) -> Params:
+def _fit_groups(fmt: Format, weight: Tensor, importance: Tensor | None, shared: Params) -> Params:
     """``(N, G)`` each, a few rows at a time."""
     rows, columns = weight.shape
     groups = fmt.groups(columns)
@@ -56,7 +57,7 @@ def _fit_groups(fmt: Format, weight: Tensor, importance: Tensor | None) -> Param
     step = max(1, _CHUNK_WEIGHTS // columns)
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         chunks = [run[i : i + step] for i in range(0, rows, step)]
-        parts = list(pool.map(fmt.fit, chunks, [run_importance] * len(chunks)))
+        parts = list(pool.map(partial(fmt.fit, **shared), chunks, [run_importance] * len(chunks)))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 

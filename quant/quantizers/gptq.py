@@ -24,8 +24,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.errors import FewbitsError
-from fewbits.quant.quantizers.codebooks import Codebooks, fit_codebooks, refit_codebooks, with_codebooks
+from fewbits.quant.quantizers.codebooks import (
+    Codebooks,
+    fit_codebooks,
+    has_codebooks,
+    refit_codebooks,
+    with_codebooks,
+)
 from fewbits.quant.quantizers.fit import Fit, fit_layout, in_coded_basis
+from fewbits.quant.quantizers.rescale import rescaled
 from fewbits.quant.quantizers.rtn import Clip
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
 
@@ -48,6 +55,7 @@ class GPTQ:
         qep: strength in [0, 1] of the correction towards the outputs of the original model; 0 is off.
         qep_damp: damping of the correction's own solve.
         refits: how often codebooks are fitted to their codes and the codes swept anew; a last fit follows.
+        rescale: fit all scales (and means) of a row at once to its codes, at the end.
         block_size: columns per lazy update. Speed only.
     """
 
@@ -57,6 +65,7 @@ class GPTQ:
     qep: Annotated[float, Field(ge=0, le=1)] = 0.0
     qep_damp: Annotated[float, Field(ge=0)] = 1.0
     refits: Annotated[int, Field(ge=0)] = 1
+    rescale: bool = False
     block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True
@@ -107,7 +116,7 @@ class GPTQ:
                 if i == len(grids):
                     weighed = importance if self.clip == "search" else None
                     grids.append(list(fit_layout(original, weighed, layout, books)))
-                fits = [(run, books.get(start, params), start) for run, params, start in grids[i]]
+                fits = [(run, books[start] if run[0].joint else params, start) for run, params, start in grids[i]]
                 parts.append(self._quantize_rows(target, fits, lower, order))
                 if correction is not None:
                     moved += float((target - original).square().sum())
@@ -118,10 +127,10 @@ class GPTQ:
 
         books = fit_codebooks(weight, importance, layout)
         made = sweep(books)
-        if any(books.values()):
-            hessian = stats.hessian
+        hessian = stats.hessian if has_codebooks(layout) or self.rescale else torch.empty(0)
+        if hessian.numel():
             hessian.diagonal().copy_(importance + damp * importance.mean())
-
+        if has_codebooks(layout):
             def refit() -> Codebooks:
                 return refit_codebooks(made, lambda: (target for _, target in pairs()), hessian, books)
 
@@ -129,6 +138,8 @@ class GPTQ:
                 books = refit()
                 made = sweep(books)
             made = with_codebooks(made, refit())
+        if self.rescale:
+            made = rescaled(made, (target for _, target in pairs()), hessian)
         return made, facts
 
     def _quantize_rows(self, target: Tensor, fits: list[Fit], lower: Tensor, order: Tensor) -> QuantizedTensor:
