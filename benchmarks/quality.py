@@ -18,16 +18,17 @@ def main() -> None:
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
 
-    from fewbits.quant.recipe import parse_settings
+    from fewbits.quant.recipe import load_recipe, parse_settings
 
     source, rows = protocol.real_model(), []
     baseline = open_source(source).path
     for recipe in args.recipes:
-        for bits in args.bits:
-            overrides = {
-                **protocol.CALIBRATION, "calibration.sources": [str(protocol.text("valid"))], "format.bits": bits,
-                **parse_settings(args.set),
-            }
+        own = parse_settings(args.set)
+        layout = own.get("format.layout") or load_recipe(recipe).format.layout  # it says how many bits
+        for bits in [layout] if layout else args.bits:
+            overrides = {**protocol.CALIBRATION, "calibration.sources": [str(protocol.text("valid"))], **own}
+            if not layout:
+                overrides["format.bits"] = bits
             out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}"
             made = fewbits.quantize(source, out, recipe=recipe, overrides=overrides, force=True)
             scores = protocol.evaluate(out, baseline)

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fewbits.quant.errors import FormatError, RecipeError, nearest
-from fewbits.quant.formats import is_permuted, layout_name, parse_format, parse_layout
+from fewbits.quant.formats import auto_group, is_permuted, layout_name, parse_format, parse_layout, resolve_layout
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.formats.vq import LowRankVQFormat, VQFormat
@@ -35,9 +35,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-MAX_AUTO_GROUP = 128
-
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -57,6 +54,10 @@ Bits = Annotated[int | float, pydantic.PlainValidator(_bits, json_schema_input_t
 class Weights(_Table):
     """Which format weights get."""
 
+    layout: str = Field(
+        "", description="a layout by its name in place of all keys below, e.g. ternary_mean_g128 or had:nf4; without "
+                        "a group size it is auto"
+    )
     family: Literal["int", "trellis", "rvq", "pvq", "vq", "lrvq"] = Field(
         "int", description="integers; codes of rotated weights: trellis, residual (rvq) and pyramid vectors (pvq); "
                            "vectors with codebooks of their own (vq; lrvq: of low rank)"
@@ -85,6 +86,12 @@ class Weights(_Table):
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Weights:
+        if self.layout:
+            others = [k for k, f in type(self).model_fields.items() if k not in ("layout", "row_weights")
+                      and getattr(self, k) != f.default]
+            if others:
+                raise ValueError(f"got layout = {self.layout!r} and {', '.join(others)}, needed one or the other; "
+                                 "leave one of them out")
         if self.family == "trellis" and self.bits > 4:
             raise ValueError(f"got {self.bits} bits, trellis codes have 1 to 4; set format.family = 'int'")
         if self.family in ("rvq", "pvq") and self.bits not in (2, 3, 4):
@@ -117,6 +124,8 @@ class Weights(_Table):
 
     def for_columns(self, columns: int) -> Layout:
         """The layout of a tensor of K = ``columns``; raises FormatError when it cannot have the format."""
+        if self.layout:
+            return resolve_layout(self.layout, columns)
         if self.family == "trellis":
             layout = trellis_layout(self.bits, self.state_bits, columns)
         elif self.family in ("vq", "lrvq"):
@@ -125,7 +134,7 @@ class Weights(_Table):
             layout = Layout.of(parse_format(f"{self.family}{self.bits}"), columns)
         else:
             if self.group_size == "auto":
-                group: int | None = min(columns & -columns, MAX_AUTO_GROUP)
+                group: int | None = auto_group(columns)
             else:
                 group = None if self.group_size == "row" else self.group_size
             bits = int(self.bits)
@@ -360,7 +369,12 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {name}: not TOML: {error}") from error
     data.setdefault("name", Path(name).stem)
+    chosen = data.get("format")
+    layout = chosen.get("layout") if isinstance(chosen, dict) else None
     for key, value in (overrides or {}).items():
+        if layout and key.startswith("format.") and key not in ("format.layout", "format.row_weights"):
+            raise RecipeError(f"{key}: got {value!r}, the recipe has format.layout = {layout!r}; name the bits and "
+                              "groups there, e.g. --set format.layout=nf4_g64")
         table = data
         *path, leaf = key.split(".")
         for part in path:
@@ -383,7 +397,16 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     for rule in recipe.rules:
         if rule.format != "keep":
             parse_format(rule.format)
+    if recipe.format.layout:
+        try:
+            resolve_layout(recipe.format.layout, _ANY_COLUMNS)
+        except FormatError as error:
+            raise RecipeError(f"format.layout: {error}") from error
     return recipe
+
+
+_ANY_COLUMNS = 1 << 13
+"""K of a tensor that any layout without column counts fits, to check its name by."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

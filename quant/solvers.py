@@ -7,13 +7,17 @@ whatever its ``h``: the optimum is a cut of the sorted weights into runs, and ru
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _TINY = 1e-30
 _ROUNDS = 10
-_STARTS = (0.6, 0.85, 1.2, 1.7)
+_STARTS = (0.75, 1.1, 1.6)
+_DUAL_SHAPES = [[1.5, -0.75], [-1.5, 0.75], [1.0, -1.0], [1.0, 0.5], [-1.0, -0.5]]
+"""The grid {-1, 0, 1, 2}, its mirror image, one with two zeros, and those on one side of 0."""
 _CHUNK_PAIRS = 1 << 18
 
 
@@ -109,20 +113,16 @@ def als(w: Tensor, h: Tensor, design: Tensor, *, dual: bool = False) -> Tensor:
 
 
 def _starts(sums: Tensor, w: Tensor, h: Tensor, design: Tensor, dual: bool) -> list[Tensor]:
-    """Parameters to begin with: sizes that halve from one scale to the next, around the mean where there is one."""
+    """Parameters to begin with: scales that halve from one to the next, around the mean where there is one."""
     total = sums[..., 0, -1].clamp(min=_TINY)
     with_mean = bool((design[:, -1] == 1).all())
     center = sums[..., 1, -1] / total * with_mean
     spread = (h * (w - center[..., None]).square()).sum(-1).div(total).sqrt()
     scales = design.shape[1] - with_mean
     out = []
-    for factor in _STARTS:
-        if dual:  # the optimal uniform grid {-1, 0, 1, 2}, and its mirror image
-            sizes = [[2 * factor, -factor], [-2 * factor, factor]]
-        else:
-            sizes = [[factor * 1.2 * 0.5**p for p in range(scales)]]
-        for own in sizes:
-            out.append(torch.stack([spread * s for s in own] + [center] * with_mean, -1))
+    shapes = _DUAL_SHAPES if dual else [[0.5**p for p in range(scales)]]
+    for factor, shape in itertools.product(_STARTS, shapes):
+        out.append(torch.stack([spread * factor * s for s in shape] + [center] * with_mean, -1))
     return out
 
 

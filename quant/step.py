@@ -35,7 +35,7 @@ def quantize_step(
         for layout, names in assignment.by_layout(group).items():
             for name in names:
                 check_finite(name, block.weights[name])
-            for stack in [[n] for n in names] if layout.whole else [names]:
+            for stack in [[n] for n in names] if layout.whole or not quantizer.stacks else [names]:
                 weights = [block.weights[n] for n in stack]
                 stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
                 seen = own

@@ -559,6 +559,10 @@ class Quantizer(Protocol):
 
     @property
     def needs_stats(self) -> bool: ...
+    @property
+    def stacks(self) -> bool:
+        """Whether matrices that read one input may be quantized as one: nothing is the same for all rows."""
+        ...
 
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
-from fewbits.quant.formats import layout_name, parse_format, prefixed
+from fewbits.quant.formats import MAX_AUTO_GROUP, auto_group, layout_name, named_format, prefixed
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
-from fewbits.quant.recipe import MAX_AUTO_GROUP, Allocate, Recipe
+from fewbits.quant.recipe import Allocate, Recipe
 from fewbits.quant.types import Format, Layout, nbytes
 
 
@@ -193,7 +193,7 @@ def _layout(entry: str, columns: int, group: int | None) -> Layout:
         if flags["permuted"]:
             raise RecipeError(f"--formats: got {entry}, columns are sorted to give them formats of their own; "
                               "leave perm: out and set allocate.unit = 'columns'")
-        fmt = named_format(name, group or min(columns & -columns, MAX_AUTO_GROUP))
+        fmt = named_format(name, group or auto_group(columns))
         layout = Layout(((fmt, columns),), **flags)
     if not group:
         layout.check_groups()
@@ -229,21 +229,6 @@ def _unreadable(flag: str, name: str, layout: Layout, want: Allocate) -> RecipeE
     menu = ", ".join(_offered(want))
     whole = ", for whole tensors; set allocate.unit = 'tensor'" if layout.permuted or len(layout.runs) > 1 else ""
     return RecipeError(f"{flag}: {want.target} does not read {layout_name(layout)} ({name}); it reads {menu}{whole}")
-
-
-def named_format(entry: str, group: int) -> Format:
-    """A format by name; ``int4`` and ``int4_sym``, which name no group size, take ``group``.
-
-    Raises:
-        FormatError: no such format.
-    """
-    try:
-        return parse_format(entry)
-    except FormatError as error:
-        try:
-            return parse_format(f"{entry}_g{group}")
-        except FormatError:
-            raise error from None  # the message about what was asked for
 
 
 def build_units(menu: Menu, streamed: StreamedModel, groups: Sequence[Sequence[str]], recipe: Recipe) -> list[Unit]:

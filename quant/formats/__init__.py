@@ -42,6 +42,47 @@ def parse_format(name: str) -> Format:
     raise FormatError(f"format: got {name!r}, {nearest(name, EXAMPLES)}")
 
 
+def named_format(entry: str, group: int) -> Format:
+    """A format by name; one that names no group size, as ``int4`` or ``ternary_b3``, has groups of ``group``.
+
+    Raises:
+        FormatError: no such format.
+    """
+    try:
+        return parse_format(entry)
+    except FormatError as error:
+        family, storage = _STORAGE.fullmatch(entry).groups()  # type: ignore[union-attr]
+        try:
+            return parse_format(f"{family}_g{group}{storage or ''}")
+        except FormatError:
+            raise error from None  # the message about what was asked for
+
+
+_STORAGE = re.compile(r"(.*?)(_bf16|_f32|_b3)?", re.DOTALL)
+
+MAX_AUTO_GROUP = 128
+
+
+def auto_group(columns: int) -> int:
+    """The group size where none is named: the largest power of two that divides K, up to 128."""
+    return min(columns & -columns, MAX_AUTO_GROUP)
+
+
+def resolve_layout(name: str, columns: int) -> Layout:
+    """:func:`parse_layout` of a name that may leave group sizes to :func:`auto_group`.
+
+    Raises:
+        FormatError: unknown format, or groups do not divide the columns.
+    """
+    plain, flags = prefixed(name)
+    if "[" in plain:
+        layout = parse_layout(name, columns)
+    else:
+        layout = Layout(((named_format(plain, auto_group(columns)), columns),), **flags)
+    layout.check_groups()
+    return layout
+
+
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
 EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"{f}{b}" for f in ("rvq", "pvq") for b in range(2, 5)]
 EXAMPLES += [f"{b}{m}_{g}" for b in BASES for m in ("", "_mean") for g in ("g64", "g128", "row")]

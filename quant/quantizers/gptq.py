@@ -69,6 +69,7 @@ class GPTQ:
     block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True
+    stacks = True
 
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0

@@ -25,6 +25,7 @@ class RTN:
     clip: Clip = "minmax"
 
     needs_stats = False
+    stacks = True
 
     def quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout, *, seed: int = 0

@@ -70,7 +70,8 @@ def test_names_are_canonical_and_different() -> None:
 @pytest.mark.parametrize("name", [
     "", "int", "int4", "int0_g64", "int9_g64", "int4_g0", "int4_g-64", "int4_g064", "INT4_g64", " int4_g64",
     "int4_g64 ",
-    "int4_g64\n", "int4_g64_f16", "int4_sym", "int4_row_sym", "nf5_g64", "binary_g64_b3", "nvfp4_g16", "int4_g64[64]", "int44_g64",
+    "int4_g64\n", "int4_g64_f16", "int4_sym", "int4_row_sym", "nf5_g64", "binary_g64_b3", "nvfp4_g16",
+    "int4_g64[64]", "int44_g64",
 ])
 def test_bad_names(name: str) -> None:
     with pytest.raises(FormatError, match="format: got"):

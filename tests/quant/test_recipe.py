@@ -28,7 +28,8 @@ from fewbits.quant.types import Layout
 
 CHANGES: dict[str, Any] = {
     "quantizer.damp": 0.02, "quantizer.act_order": False, "quantizer.clip": "minmax", "quantizer.qep": 0.5,
-    "quantizer.qep_damp": 0.5, "quantizer.refits": 0, "format.bits": 3, "format.group_size": 32,
+    "quantizer.qep_damp": 0.5, "quantizer.refits": 0, "quantizer.rescale": True,
+    "format.layout": "nf4_g32", "format.bits": 3, "format.group_size": 32,
     "format.symmetric": True,
     "format.scale_dtype": "bfloat16", "format.family": "trellis", "format.state_bits": 14,
     "format.rotated": True, "format.vector": 8, "format.rank": 2, "format.outliers": 1.0,
@@ -46,6 +47,8 @@ CHANGES: dict[str, Any] = {
 }
 OTHER_BUDGETS = ("budget.bpw_total", "budget.size", "budget.fits_in")
 """A recipe can have one budget."""
+ALONE = (*OTHER_BUDGETS, "format.layout")
+"""What stands in place of other keys."""
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -58,7 +61,7 @@ OTHER_BUDGETS = ("budget.bpw_total", "budget.size", "budget.fits_in")
     ({"quantizer": {"name": "gptq", "dampen": 3}}, "quantizer.dampen: gptq has no such option; did you mean 'damp'"),
     ({"quantizer": {"name": "rtn", "damp": 3}}, "quantizer.damp: rtn has no such option"),
     ({"quantizer": {"name": "gptqq"}}, "quantizer.name: got 'gptqq', did you mean 'gptq'"),
-    ({"quantizer": {}}, "quantizer.name: got None, known: gptq, rtn"),
+    ({"quantizer": {}}, "quantizer.name: got None, known: bitnet, gptq, rtn"),
     ({"rules": [{"match": "*", "fromat": "keep"}]}, "rules.0.fromat: unknown recipe key; did you mean 'format'"),
     ({"zzz": 1}, "zzz: unknown recipe key; known: allocate, .*rules"),
 ])
@@ -176,7 +179,7 @@ def test_settings() -> None:
 
 
 @pytest.mark.parametrize("overrides", [
-    {}, {k: v for k, v in CHANGES.items() if k not in OTHER_BUDGETS},
+    {}, {k: v for k, v in CHANGES.items() if k not in ALONE},
 ], ids=["defaults", "everything changed"])
 def test_toml_round_trip(overrides: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe("gptq", overrides)
