@@ -26,7 +26,9 @@ def main() -> None:
         own = parse_settings(args.set)
         layout = own.get("format.layout") or load_recipe(recipe).format.layout  # it says how many bits
         for bits in [layout] if layout else args.bits:
-            overrides = {**protocol.CALIBRATION, "calibration.sources": [str(protocol.text("valid"))], **own}
+            given = protocol.CALIBRATION if not layout else {
+                k: v for k, v in protocol.CALIBRATION.items() if not k.startswith("format.")}
+            overrides = {**given, "calibration.sources": [str(protocol.text("valid"))], **own}
             if not layout:
                 overrides["format.bits"] = bits
             out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}"
