@@ -24,6 +24,7 @@ from fewbits.cli.common import (
 EPILOG = examples(
     "fewbits eval ./model-w4 --baseline ./model --text test.txt",
     "fewbits eval ./model-w4 --text a.txt b.txt --window 1024 --limit 40 --json report.json",
+    "fewbits eval ./model-w4 --baseline ./model --activations fp4_row",
     "fewbits eval ./model-w4 --tasks piqa,blimp --task-dir ./data --limit 100 --json",
 )
 
@@ -57,6 +58,10 @@ def evaluate(
     ] = None,
     add_bos: Annotated[bool, typer.Option("--add-bos", help="Start each window with a BOS token.")] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Time decoding too.")] = False,
+    activations: Annotated[
+        str | None, typer.Option("--activations", metavar="FORMAT", help="Simulate W4A4 and the like: round the inputs "
+                                 "of the quantized linears, token by token, e.g. fp4_row, int8_sym_row, nvfp4.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
@@ -73,7 +78,8 @@ def evaluate(
         result = run(
             model, baseline=baseline, text=text or (), window=window, stride=stride, add_bos=add_bos,
             tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()], task_dir=task_dir, limit=limit,
-            kl_windows=kl_windows, speed=speed, device=device, dtype=dtype, threads=threads, progress=progress,
+            kl_windows=kl_windows, speed=speed, activations=activations, device=device, dtype=dtype, threads=threads,
+            progress=progress,
         )
         report(result.to_json())
     if json != STDOUT:

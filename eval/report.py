@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fewbits.eval.activations import round_activations
 from fewbits.eval.divergence import Divergence, divergence_of
 from fewbits.eval.models import Loaded, open_model, thread_count
 from fewbits.eval.perplexity import Perplexity, perplexity_of
@@ -135,6 +136,8 @@ class EvalReport:
         if self.total:
             parts.append(f"windows of {p['window']} tokens, stride {p['stride']}, {'with' if p['bos'] else 'no'} BOS, "
                          f"{self.total.model.tokens} tokens scored; +/- one standard error ({p['stderr']})")
+        if "activations" in p:
+            parts.append(f"SIMULATION: inputs of the model's quantized linears rounded to {p['activations']}")
         return "; ".join([*parts, f"{p['dtype']} on {p['device']}"])
 
     def to_table(self) -> Table:
@@ -160,6 +163,7 @@ def evaluate(
     limit: int | None = None,
     kl_windows: int | None = None,
     speed: bool = False,
+    activations: str | None = None,
     tokenizer: Any = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -181,6 +185,8 @@ def evaluate(
         limit: at most so many windows per text and documents per task.
         kl_windows: take the divergence on the first so many windows of each text only.
         speed: time decoding too.
+        activations: simulate that the quantized linears of ``model`` read inputs that are rounded to this format, see
+            :mod:`fewbits.eval.activations`.
         device, dtype: see :func:`~fewbits.eval.models.open_model`; threads: torch threads on CPU.
         progress: called as ``progress(what, done, total)`` when a window is done.
 
@@ -198,6 +204,10 @@ def evaluate(
         found = find_tasks(names, task_dir) if names else None  # before the models: a typo should cost no time
         wanted = [model] if baseline is None else [model, baseline]
         models = [open_model(m, tokenizer=tokenizer, device=device, dtype=dtype) for m in wanted]
+        if activations is not None:
+            if not isinstance(model, str | Path):
+                raise FewbitsError("activations: cannot be rounded in a model that is loaded already; give its folder")
+            activations = round_activations(models[0].model, activations).name
         cutting = _Cutting(window, stride, limit, add_bos).fit(models)
         scored = [_score_text(item, models, cutting, kl_windows, progress) for item in texts]
         task_scores = []
@@ -211,6 +221,7 @@ def evaluate(
         **(cutting.protocol(texts, total) if total else {}),
         **({"tasks": found.origins} if found else {}),
         **({"speed": asdict(timing)} if timing else {}),
+        **({"activations": activations} if activations else {}),
     }
     return EvalReport(
         model=models[0].name, baseline=models[1].name if baseline is not None else None, total=total,

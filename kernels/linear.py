@@ -93,12 +93,14 @@ class PackedMatrix(nn.Module):
         layout: runs of columns, and whether they are sorted.
         rows, columns: N, K.
         compute_dtype: dtype of what is computed; follows ``.to(dtype)``, unlike the packed tensors.
+        round_inputs: what inputs go through before they are multiplied, in a simulation; None: nothing.
     """
 
     layout: Layout
     rows: int
     columns: int
     compute_dtype: torch.dtype
+    round_inputs: Callable[[Tensor], Tensor] | None = None
     _packed_names: tuple[str, ...]
 
     def __init__(self, layout: Layout, shape: tuple[int, int], *, dtype: torch.dtype) -> None:
@@ -172,6 +174,8 @@ class PackedMatrix(nn.Module):
         if state.rotation is not None:
             # matrix units take no float32
             inner = rotate_in(x, state.rotation, x.dtype if x.is_cuda else torch.float32)
+        if self.round_inputs is not None:
+            inner = self.round_inputs(inner)
         (columns, first), *rest = state.runs
         y = matmul(inner[..., columns] if rest else inner, first)
         for columns, part in rest:
