@@ -97,6 +97,12 @@ def save(name: str, rows: Any) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def load_rows(name: str) -> list[dict[str, Any]]:
+    """The rows that :func:`save` kept; none where there are none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """An argument parser with the module's docstring as its description."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

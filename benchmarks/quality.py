@@ -1,6 +1,8 @@
 """Quality at equal stored bits: RTN and GPTQ at 4, 3 and 2 bits, group 64, on the protocol of ``protocol.py``.
 
-    FEWBITS_DATA=... python -m benchmarks.quality [--bits 4 3 2] [--recipes gptq rtn] [--dtype float32]
+    FEWBITS_DATA=... python -m benchmarks.quality [--bits 4 3 2] [--recipes gptq rtn nupes:nupes3] [--dtype float32]
+
+A recipe may be followed by a layout of its own. With --resume, rows that are there are kept.
 """
 
 from __future__ import annotations
@@ -14,24 +16,29 @@ def main() -> None:
     parser = protocol.parser(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--recipes", nargs="+", default=["gptq", "rtn"])
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="recipe keys, as in fewbits quantize")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
 
     from fewbits.quant.recipe import load_recipe, parse_settings
 
-    source, rows = protocol.real_model(), []
+    source = protocol.real_model()
+    rows = protocol.load_rows(args.name) if args.resume else []
     baseline = open_source(source).path
-    for recipe in args.recipes:
-        own = parse_settings(args.set)
+    for entry in args.recipes:
+        recipe, _, named = entry.partition(":")
+        own = {**parse_settings(args.set), **({"format.layout": named} if named else {})}
         layout = own.get("format.layout") or load_recipe(recipe).format.layout  # it says how many bits
         for bits in [layout] if layout else args.bits:
+            if any((r["recipe"], r["bits"], r["settings"]) == (recipe, bits, args.set) for r in rows):
+                continue
             given = protocol.CALIBRATION if not layout else {
                 k: v for k, v in protocol.CALIBRATION.items() if not k.startswith("format.")}
             overrides = {**given, "calibration.sources": [str(protocol.text("valid"))], **own}
             if not layout:
                 overrides["format.bits"] = bits
-            out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}"
+            out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}".replace(":", "-")
             made = fewbits.quantize(source, out, recipe=recipe, overrides=overrides, force=True)
             scores = protocol.evaluate(out, baseline)
             row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set, **made.to_json(),

@@ -158,12 +158,21 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "vptq": (
         "Vectors with codebooks of their own", "The same, recipe vptq. "
         "`python -m benchmarks.quality --recipes vptq --bits 2 --name vptq`", _quality),
+    "additive": (
+        "Sums of vectors with codebooks of their own", "The same with two codebooks for vectors of 8 (AQLM). "
+        "`python -m benchmarks.quality --recipes vptq --bits 2 --set format.vector=8 --name additive`", _quality),
     "lr2vq": (
         "Vectors of low rank", "The same, recipe lr2vq. "
         "`python -m benchmarks.quality --recipes lr2vq --bits 2 --name lr2vq`", _quality),
     "fwsvd": (
         "A term of low rank beside integers", "The same, recipe fwsvd. "
         "`python -m benchmarks.quality --recipes fwsvd --bits 3 --name fwsvd`", _quality),
+    "levels": (
+        "Few levels, and number formats",
+        "The same protocol, any group size that is not named the largest power of two up to 128. Ternary codes five to a "
+        "byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
+        "ternary:ternary_mean_b3 bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:had:binary2_row bitmod "
+        "bitmod:bitmod3 nupes nupes:nupes3 llm-fp4 nf4 mxfp4 nvfp4`", _quality),
     "heads": (
         "Output heads", "The head of SmolLM2-135M-Instruct alone, 49152 x 576, all else in float32; statistics of "
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
