@@ -169,8 +169,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "`python -m benchmarks.quality --recipes fwsvd --bits 3 --name fwsvd`", _quality),
     "levels": (
         "Few levels, and number formats",
-        "The same protocol, any group size that is not named the largest power of two up to 128. Ternary codes five to a "
-        "byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
+        "The same protocol, any group size that is not named the largest power of two up to 128. Ternary codes five to "
+        "a byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
         "ternary:ternary_mean_b3 bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:had:binary2_row bitmod "
         "bitmod:bitmod3 nupes nupes:nupes3 llm-fp4 nf4 mxfp4 nvfp4`", _quality),
     "heads": (
