@@ -155,7 +155,8 @@ class PackedMatrix(nn.Module):
             runs.append((slice(start, start + columns), prepare(fmt, local, self.rows, columns)))
             start += columns
         order = check_permutation(tensors["weight_perm"], self.columns).long() if self.layout.permuted else None
-        rotation = check_rotation(tensors, self.rows, self.columns).float() if self.layout.rotated else None
+        basis = check_rotation(tensors, self.layout, self.rows)
+        rotation = None if basis is None else basis.float()
         low_rank = None
         if rank := self.layout.low_rank:
             low_rank = check_low_rank(tensors, self.rows, self.columns, rank)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels.choice import from_triton, has_triton
-from fewbits.quant.rotation import Rotation, block_size, hadamard
+from fewbits.quant.rotation import Rotation, hadamard
 
 _LIB = torch.library.Library("fewbits", "FRAGMENT")
 _LIB.define("rotate_in(Tensor x, Tensor scale, int block, ScalarType dtype) -> Tensor",
@@ -83,7 +83,7 @@ class _DifferentiableOut(torch.autograd.Function):
 
 def rotate_in(x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """``x (..., K)`` as the coded matrix reads it, ``R_K (in_scale * x)``: float32, rounded to ``dtype``."""
-    scale, block = rotation.in_scale, block_size(len(rotation.in_scale))
+    scale, block = rotation.in_scale, rotation.column_block
     if x.requires_grad and torch.is_grad_enabled():
         return _DifferentiableIn.apply(x, scale, block, dtype)
     return _IN(x, scale, block, dtype)

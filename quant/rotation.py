@@ -7,6 +7,9 @@ both scales carry random signs. Whatever transforms the weight transforms the He
 ``D = diag(in_scale)``, so that the loss in one basis is the loss in the other.
 
 At run time ``y = out_scale * R_N^T (Q (R_K (in_scale * x)))``; a Sylvester Hadamard matrix is its own transpose.
+
+A *scaled* weight has the scales alone: blocks of 1, and no signs. They are the learned scales of rows and columns of
+PTQ1.61 (arXiv 2502.13179) and ARB-RC of ARB-LLM (arXiv 2410.03129).
 """
 
 from __future__ import annotations
@@ -43,20 +46,22 @@ def block_size(n: int) -> int:
 class Rotation:
     """The basis that a weight is coded in: ``W = diag(out_scale) R_N^T Q R_K diag(in_scale)``.
 
-    ``R_n`` is the orthonormal Hadamard matrix of :func:`block_size` repeated along the diagonal.
+    ``R_n`` is the orthonormal Hadamard matrix of :func:`block_size` repeated along the diagonal; 1: the identity.
 
     Attributes:
         in_scale: ``(K,)`` float16, with random signs.
         out_scale: ``(N,)`` float16, with random signs.
         row_block: size of the transform along the rows, which stays what it is when blocks of rows are cut out.
+        column_block: size of the transform along the columns.
     """
 
     in_scale: Tensor
     out_scale: Tensor
     row_block: int
+    column_block: int
 
     def rows(self, which: slice) -> Rotation:
-        return Rotation(self.in_scale, self.out_scale[which], self.row_block)
+        return dataclasses.replace(self, out_scale=self.out_scale[which])
 
     def float(self) -> Rotation:
         """With scales in float32, as every product needs them."""
@@ -82,12 +87,14 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
 
 def hadamard(x: Tensor, size: int) -> Tensor:
     """``x (..., n)`` with each run of ``size`` entries of its last dimension transformed; its own inverse."""
+    if size == 1:
+        return x
     return (x.reshape(-1, size) @ _hadamard(size, x.device).to(x.dtype)).view(x.shape)
 
 
 def rotate_columns(x: Tensor, rotation: Rotation) -> Tensor:
     """``x (..., K)`` as the coded matrix reads it: ``R_K (in_scale * x)``, float32."""
-    return hadamard(x.float() * rotation.in_scale.float(), block_size(len(rotation.in_scale)))
+    return hadamard(x.float() * rotation.in_scale.float(), rotation.column_block)
 
 
 def rotate_rows_back(y: Tensor, rotation: Rotation) -> Tensor:
@@ -97,14 +104,14 @@ def rotate_rows_back(y: Tensor, rotation: Rotation) -> Tensor:
 
 def rotated_back(coded: Tensor, rotation: Rotation) -> Tensor:
     """The weight ``(N, K)`` that ``coded (N, K)`` float32 stands for."""
-    columns = hadamard(coded, block_size(coded.shape[1])) * rotation.in_scale.float()
+    columns = hadamard(coded, rotation.column_block) * rotation.in_scale.float()
     return rotate_rows_back(columns.T, rotation).T
 
 
 def rotate(weight: Tensor, rotation: Rotation) -> Tensor:
     """Inverse of :func:`rotated_back`: ``weight (N, K)`` float32 as it is coded."""
     rows = hadamard((weight / rotation.out_scale.float()[:, None]).T, rotation.row_block).T
-    return hadamard(rows / rotation.in_scale.float(), block_size(weight.shape[1]))
+    return hadamard(rows / rotation.in_scale.float(), rotation.column_block)
 
 
 def rotate_stats(stats: LayerStats, rotation: Rotation) -> LayerStats:
@@ -137,7 +144,27 @@ def choose_rotation(weight: Tensor, stats: LayerStats | None, seed: int) -> Rota
     in_scale = (in_scale / in_scale.log().mean().exp() * signs[0]).half()
     # Orthonormal transforms keep the sum of squares, so the size of what is coded is known before it is made.
     size = (weight / out_scale[:, None] / in_scale.float()).square().mean().sqrt().clamp(min=1e-12)
-    return Rotation(in_scale, storable(out_scale * size * signs[1]), block_size(rows))
+    return Rotation(in_scale, storable(out_scale * size * signs[1]), block_size(rows), block_size(columns))
+
+
+def choose_scales(weight: Tensor, stats: LayerStats | None) -> Rotation:
+    """Scales alone for ``weight (N, K)`` float32: the best product of two vectors for the magnitudes.
+
+    It minimizes ``sum_ij H_jj (|w_ij| - r_i c_j)^2``, r and c in turns: with codes that are the signs, that is ARB-RC.
+    """
+    size = weight.abs()
+    h = torch.ones_like(size[0]) if stats is None else stats.hessian.diagonal()
+    h = (h / h.mean().clamp(min=1e-30) + 1e-4)
+    c = torch.ones_like(h)
+    for _ in range(_RANK_ONE_ROUNDS):
+        r = size @ (h * c) / (h * c.square()).sum().clamp(min=1e-30)
+        c = r @ size / r.square().sum().clamp(min=1e-30)
+    c = _clamped(c)
+    mean = c.log().mean().exp()
+    return Rotation(storable(c / mean), storable(_clamped(r * mean)), 1, 1)
+
+
+_RANK_ONE_ROUNDS = 8
 
 
 def _signs(n: int, seed: int) -> Tensor:

@@ -118,16 +118,20 @@ class Layout:
         rotated: the (sorted) weight is coded in a rotated basis, and the scales of the rotation are stored too. Formats
             that need it bring it along.
         low_rank: rank of a product of two thin matrices that is stored beside the codes and added to them; 0: none.
+        scaled: the (sorted) weight is coded with scales of its rows and columns taken out, which are stored.
     """
 
     runs: tuple[tuple[Format, int], ...]
     permuted: bool = False
     rotated: bool = False
     low_rank: int = 0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if any(fmt.rotated for fmt, _ in self.runs):
             object.__setattr__(self, "rotated", True)
+        if self.rotated and self.scaled:
+            raise FormatError("layout: got scl: and a rotation, which has scales of its own; leave scl: out")
 
     @staticmethod
     def of(fmt: Format, columns: int) -> Layout:
@@ -144,7 +148,8 @@ class Layout:
             else:
                 runs.append((fmt, columns))
         assert len(parts) == 1 or not any(p.low_rank for p in parts), "a product is that of all columns"
-        return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts), parts[0].low_rank)
+        return Layout(tuple(runs), any(p.permuted for p in parts), any(p.rotated for p in parts), parts[0].low_rank,
+                      any(p.scaled for p in parts))
 
     def cut(self, start: int, stop: int) -> Layout:
         """What is stored of columns ``start`` to ``stop``."""
@@ -153,7 +158,7 @@ class Layout:
             if (n := min(at + columns, stop) - max(at, start)) > 0:
                 runs.append((fmt, n))
             at += columns
-        return Layout(tuple(runs), self.permuted, self.rotated)
+        return Layout(tuple(runs), self.permuted, self.rotated, scaled=self.scaled)
 
     @property
     def columns(self) -> int:
@@ -165,9 +170,14 @@ class Layout:
             fmt.groups(columns)
 
     @property
+    def own_basis(self) -> bool:
+        """Whether the codes are those of the weight itself, neither rotated nor scaled."""
+        return not (self.rotated or self.scaled)
+
+    @property
     def whole(self) -> bool:
         """Whether rows and columns are coded together, so that no part of the weight means anything by itself."""
-        return self.rotated or self.low_rank > 0 or any(fmt.joint for fmt, _ in self.runs)
+        return not self.own_basis or self.low_rank > 0 or any(fmt.joint for fmt, _ in self.runs)
 
     @property
     def height(self) -> int:
@@ -196,8 +206,8 @@ class Layout:
         out = self.codes_storage(rows)
         if self.permuted:
             out["weight_perm"] = ((self.columns,), permutation_dtype(self.columns))
-        if self.rotated:
-            out |= rotation_storage(rows, self.columns)
+        if not self.own_basis:
+            out |= rotation_storage(rows, self.columns, rotated=self.rotated)
         if self.low_rank:
             out |= low_rank_storage(rows, self.columns, self.low_rank)
         return out | {"weight_shape": ((2,), torch.int64)}
@@ -225,9 +235,10 @@ def require_stored(who: str, stored: Stored, tensors: Mapping[str, Tensor], *, a
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def rotation_storage(rows: int, columns: int) -> Stored:
-    """The scales of a rotation; raises FormatError where the dimensions have none."""
-    block_size(rows), block_size(columns)
+def rotation_storage(rows: int, columns: int, *, rotated: bool) -> Stored:
+    """The scales of a rotation, or scales alone; raises FormatError where the dimensions have no rotation."""
+    if rotated:
+        block_size(rows), block_size(columns)
     return {"weight_in_scale": ((columns,), torch.float16), "weight_out_scale": ((rows,), torch.float16)}
 
 
@@ -266,14 +277,18 @@ def check_low_rank(tensors: Mapping[str, Tensor], rows: int, columns: int, rank:
     return LowRank(tensors["weight_low_a"], tensors["weight_low_b"])
 
 
-def check_rotation(tensors: Mapping[str, Tensor], rows: int, columns: int) -> Rotation:
-    """What was stored; raises FormatError when a scale is missing, or is none."""
-    require_stored("a rotated layout", stored := rotation_storage(rows, columns), tensors)
+def check_rotation(tensors: Mapping[str, Tensor], layout: Layout, rows: int) -> Rotation | None:
+    """What was stored, if the layout has it; raises FormatError when a scale is missing, or is none."""
+    if layout.own_basis:
+        return None
+    stored = rotation_storage(rows, layout.columns, rotated=layout.rotated)
+    require_stored("a layout with had: or scl:", stored, tensors)
     for name in stored:
         if not bool((tensors[name].isfinite() & (tensors[name] != 0)).all()):
             raise FormatError(f"{name}: got 0, NaN or Inf, needed finite scales; the checkpoint is damaged, download "
                               "or quantize it again")
-    return Rotation(tensors["weight_in_scale"], tensors["weight_out_scale"], block_size(rows))
+    blocks = (block_size(rows), block_size(layout.columns)) if layout.rotated else (1, 1)
+    return Rotation(tensors["weight_in_scale"], tensors["weight_out_scale"], *blocks)
 
 
 def nbytes(stored: Stored) -> int:
@@ -388,7 +403,9 @@ class QuantizedTensor:
     def layout(self) -> Layout:
         runs = tuple((s.format, s.columns) for s in self.segments)
         rank = 0 if self.low_rank is None else self.low_rank.a.shape[1]
-        return Layout(runs, self.permutation is not None, self.rotation is not None, rank)
+        basis = self.rotation
+        return Layout(runs, self.permutation is not None, basis is not None and basis.column_block > 1, rank,
+                      basis is not None and basis.column_block == 1)
 
     def dequantize(self) -> Tensor:
         """float32 ``(N, K)``, columns in their own order: exactly what the stored codes mean."""
@@ -428,7 +445,7 @@ class QuantizedTensor:
             local = {k.removesuffix(suffix): v for k, v in tensors.items() if k.endswith(suffix)}
             segments.append(Segment(fmt, *fmt.unpack(local, rows, n)))
         order = check_permutation(tensors.get("weight_perm"), columns) if layout.permuted else None
-        rotation = check_rotation(tensors, rows, columns) if layout.rotated else None
+        rotation = check_rotation(tensors, layout, rows)
         low_rank = check_low_rank(tensors, rows, columns, layout.low_rank) if layout.low_rank else None
         return QuantizedTensor((rows, columns), tuple(segments), order, rotation, low_rank)
 

@@ -43,7 +43,7 @@ class Engine:
     runs: bool = False
 
     def reads(self, layout: Layout) -> bool:
-        if not self.runs and (layout.permuted or layout.rotated or layout.low_rank or len(layout.runs) > 1):
+        if not self.runs and (layout.permuted or not layout.own_basis or layout.low_rank or len(layout.runs) > 1):
             return False
         return all(self._reads(fmt, columns) for fmt, columns in layout.runs)
 
@@ -198,8 +198,10 @@ def _layout(entry: str, columns: int, group: int | None) -> Layout:
     if not group:
         layout.check_groups()
         return layout
-    if layout.rotated or layout.low_rank:
-        why = "a rotation leaves no columns" if layout.rotated else "a term of low rank is of all columns, none of them"
+    if not layout.own_basis or layout.low_rank:
+        why = "a term of low rank is of all columns, none of them"
+        if not layout.own_basis:
+            why = "scales or a rotation leave no columns"
         raise RecipeError(f"--formats: got {entry}, {why} that matter more than others; set "
                           "allocate.unit = 'tensor', or leave it out")
     return _sorted_layout(layout.runs[0][0], columns, group)

@@ -69,18 +69,38 @@ def auto_group(columns: int) -> int:
 
 
 def resolve_layout(name: str, columns: int) -> Layout:
-    """:func:`parse_layout` of a name that may leave group sizes to :func:`auto_group`.
+    """:func:`parse_layout` of a name that may leave group sizes to :func:`auto_group`, and say how many percent of the
+    columns a run has: ``int4_g32[20%]+binary_row``. These are rounded to whole groups, and the last run has the rest.
 
     Raises:
         FormatError: unknown format, or groups do not divide the columns.
     """
     plain, flags = prefixed(name)
-    if "[" in plain:
+    *shares, last = plain.split("+")
+    if "%" not in plain:
+        *shares, last = [plain]
+    runs: list[tuple[Format, int]] = []
+    for share in shares:
+        if (m := _SHARE.fullmatch(share)) is None:
+            raise FormatError(f"layout: got {name!r}, needed shares and a rest like int4_g32[20%]+binary_row")
+        fmt = parse_format(m[1])
+        step = fmt.group_size or _WHOLE_WORDS
+        runs.append((fmt, max(1, round(columns * float(m[2]) / 100 / step)) * step))
+    if (rest := columns - sum(n for _, n in runs)) <= 0:
+        raise FormatError(f"layout: {name!r} leaves nothing of {columns} columns to its last run; lower the shares")
+    if runs:
+        layout = Layout((*runs, (parse_format(last), rest)), **flags)
+    elif "[" in last:
         layout = parse_layout(name, columns)
     else:
-        layout = Layout(((named_format(plain, auto_group(columns)), columns),), **flags)
+        layout = Layout(((named_format(last, auto_group(columns)), columns),), **flags)
     layout.check_groups()
     return layout
+
+
+_SHARE = re.compile(r"([^\[\]]+)\[([0-9]{1,2}(?:\.[0-9]+)?)%\]")
+_WHOLE_WORDS = 32
+"""Columns whose codes fill whole words at any width."""
 
 
 EXAMPLES = [f"int{b}{s}_{g}" for b in range(1, 9) for s in ("", "_sym") for g in ("g32", "g64", "g128", "row")]
@@ -90,27 +110,28 @@ EXAMPLES += [f"{t}_{g}" for t in TABLES if t[:2] not in ("mx", "nv") for g in ("
 EXAMPLES += ["mxfp4", "nvfp4", "ternary_mean_g128_b3", "vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
 
 
-_SORTED, _ROTATED = "perm:", "had:"
-_PREFIXES = re.compile(rf"(?:lr([1-9][0-9]{{0,4}}):)?({_SORTED})?({_ROTATED})?(.*)", re.DOTALL)
+_SORTED, _ROTATED, _SCALED = "perm:", "had:", "scl:"
+_PREFIXES = re.compile(rf"(?:lr([1-9][0-9]{{0,4}}):)?({_SORTED})?({_ROTATED}|{_SCALED})?(.*)", re.DOTALL)
 _RUN = re.compile(r"([^\[\]]+)\[([1-9][0-9]{0,8})\]")
 
 
 def layout_name(layout: Layout) -> str:
     """``int4_g64`` for one run of columns; ``int4_g64[128]+int2_g64[448]`` for several.
 
-    ``perm:`` before it where columns are sorted, ``had:`` where formats are rotated that do not ask for it, and
-    ``lr16:`` before these where a product of rank 16 is added.
+    ``perm:`` before it where columns are sorted, ``had:`` where formats are rotated that do not ask for it, ``scl:``
+    where rows and columns have scales, and ``lr16:`` before these where a product of rank 16 is added.
     """
     rotated = layout.rotated and not any(fmt.rotated for fmt, _ in layout.runs)
     runs = [fmt.name if len(layout.runs) == 1 else f"{fmt.name}[{columns}]" for fmt, columns in layout.runs]
     low_rank = f"lr{layout.low_rank}:" if layout.low_rank else ""
-    return low_rank + _SORTED * layout.permuted + _ROTATED * rotated + "+".join(runs)
+    return low_rank + _SORTED * layout.permuted + _ROTATED * rotated + _SCALED * layout.scaled + "+".join(runs)
 
 
 def prefixed(name: str) -> tuple[str, dict[str, Any]]:
     """What follows the prefixes of a layout's name, and what they say, as arguments of :class:`Layout`."""
-    low_rank, permuted, rotated, rest = _PREFIXES.fullmatch(name).groups()  # type: ignore[union-attr]
-    return rest, {"permuted": bool(permuted), "rotated": bool(rotated), "low_rank": int(low_rank or 0)}
+    low_rank, permuted, basis, rest = _PREFIXES.fullmatch(name).groups()  # type: ignore[union-attr]
+    return rest, {"permuted": bool(permuted), "rotated": basis == _ROTATED, "scaled": basis == _SCALED,
+                  "low_rank": int(low_rank or 0)}
 
 
 def is_permuted(name: str) -> bool:

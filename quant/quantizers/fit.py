@@ -13,8 +13,8 @@ from torch import Tensor
 from fewbits.quant.errors import FewbitsError
 from fewbits.quant.quantizers.codebooks import Codebooks
 from fewbits.quant.quantizers.lowrank import beside_low_rank
-from fewbits.quant.rotation import Rotation, choose_rotation, rotate, rotate_stats, storable
-from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTensor
+from fewbits.quant.rotation import choose_rotation, choose_scales, rotate, rotate_stats, storable
+from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTensor, proxy_loss
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
 # is too small for torch to split over threads, so that chunks can be spread over threads instead.
@@ -86,20 +86,49 @@ def in_coded_basis(
                                "more text, keep the tensor, or plan it without perm:")
         order = stats.column_order()
         weight, stats = weight[:, order], stats.permuted(order)
-    if layout.rotated:
+    if not layout.own_basis:
         weight = weight.float() if stats is None else weight.float().masked_fill(stats.xtx.diagonal() <= 0, 0)
-        rotation = choose_rotation(weight, stats, seed)
+        rotation = choose_rotation(weight, stats, seed) if layout.rotated else choose_scales(weight, stats)
         coded, facts = core(rotate(weight, rotation), None if stats is None else rotate_stats(stats, rotation), layout)
         made = dataclasses.replace(coded, rotation=rotation)
         if stats is not None and stats.cross is None:
-            made = _refit_rows(weight, made, rotation, stats)
+            for _ in range(_SCALE_ROUNDS if layout.scaled else 0):
+                made = _refit_rows(weight, _refit_columns(weight, made, stats), stats)
+            made = _refit_rows(weight, made, stats)
     else:
         made, facts = core(weight, stats, layout)
     return (made if order is None else dataclasses.replace(made, permutation=order)), facts
 
 
-def _refit_rows(weight: Tensor, made: QuantizedTensor, rotation: Rotation, stats: LayerStats) -> QuantizedTensor:
+_SCALE_ROUNDS = 2
+
+
+def _refit_columns(weight: Tensor, made: QuantizedTensor, stats: LayerStats) -> QuantizedTensor:
+    """The column scales ``c`` that make the output error least, given codes and row scales.
+
+    With the rows ``q_i`` of ``diag(out) Q`` they solve ``(sum_i q_i^T q_i * H) c = sum_i q_i * (w_i H)``: exact, where
+    PTQ1.61 learns them by gradient from the output of a whole block.
+    """
+    rotation = made.rotation
+    assert rotation is not None
+    q = made.dequantize() / rotation.in_scale.float()
+    hessian = stats.xtx / stats.n_tokens
+    matrix = (q.T @ q) * hessian
+    ridge = 0.01 * hessian.diagonal().mean() * q.square().sum(0) + 1e-30  # the damping of the sweep
+    right = (q * (weight @ hessian)).sum(0) + ridge * rotation.in_scale.float()
+    matrix.diagonal().add_(ridge)
+    scale, info = torch.linalg.solve_ex(matrix, right)
+    if int(info) or not bool(scale.isfinite().all()):
+        return made
+    scale = storable(scale.where(scale.sign() == rotation.in_scale.sign(), rotation.in_scale.float()))
+    better = dataclasses.replace(made, rotation=dataclasses.replace(rotation, in_scale=scale))
+    return better if proxy_loss(weight, better, stats)[0] < proxy_loss(weight, made, stats)[0] else made
+
+
+def _refit_rows(weight: Tensor, made: QuantizedTensor, stats: LayerStats) -> QuantizedTensor:
     """Every row times the factor that makes its output error least, given the codes: ``w H q^T / q H q^T``."""
+    rotation = made.rotation
+    assert rotation is not None
     q = made.dequantize()
     outputs = q @ stats.xtx
     power = (outputs * q).sum(1)

@@ -51,6 +51,7 @@ class GPTQ:
         damp: added to the diagonal of the Hessian, as a fraction of its mean. Escalates by sqrt(10) if the
             factorization breaks down; the value it ended with is reported as ``damp``.
         act_order: sweep columns by falling ``diag(H)``.
+        coarse_first: sweep runs of columns whose codes have fewer bits before others, which then take up their errors.
         clip: ``search`` shrinks group ranges to minimize the error weighted by ``diag(H)``.
         qep: strength in [0, 1] of the correction towards the outputs of the original model; 0 is off.
         qep_damp: damping of the correction's own solve.
@@ -61,6 +62,7 @@ class GPTQ:
 
     damp: Annotated[float, Field(ge=0, le=10)] = 0.01
     act_order: bool = True
+    coarse_first: bool = False
     clip: Clip = "search"
     qep: Annotated[float, Field(ge=0, le=1)] = 0.0
     qep_damp: Annotated[float, Field(ge=0)] = 1.0
@@ -95,6 +97,9 @@ class GPTQ:
         order = torch.arange(len(dead), device=dead.device)
         if self.act_order and not joint:
             order = torch.argsort(importance, descending=True, stable=True)
+        if self.coarse_first and not joint:
+            bits = torch.tensor([fmt.code_bits for fmt, n in layout.runs for _ in range(n)], device=order.device)
+            order = order[torch.argsort(bits[order], stable=True)]
         correction = self._correction(stats) if self.qep > 0 and stats.cross is not None else None
         lower, damp = reverse_cholesky(stats.xtx, stats.n_tokens, order, self.damp)
         facts = {"damp": damp}

@@ -90,7 +90,7 @@ def one_integer_format(layout: Layout) -> IntFormat | str:
     if layout.permuted or len(layout.runs) > 1:
         return (f"takes one format for a tensor, its columns in their own order; got {layout_name(layout)[:60]}; "
                 "quantize with allocate.unit = 'tensor'")
-    if layout.rotated:
+    if not layout.own_basis:
         return (f"takes integers in the weight's own basis; got {layout_name(layout)}; serve it with fewbits or its "
                 "vLLM plug-in, or quantize with --target")
     if layout.low_rank:

@@ -28,7 +28,7 @@ def outliers(*shape: int, dtype: torch.dtype) -> Tensor:
 def rotation(columns: int, rows: int) -> Rotation:
     """With scales of both signs within a factor of two of one."""
     scales = [(torch.rand(n) + 0.5) * torch.randn(n).sign() for n in (columns, rows)]
-    return Rotation(*scales, row_block=block_size(rows))
+    return Rotation(*scales, row_block=block_size(rows), column_block=block_size(len(scales[0])))
 
 
 def assert_float32_accuracy(got: Tensor, exact: Tensor, terms: Tensor) -> None:
