@@ -20,6 +20,7 @@ from fewbits.kernels.cpu import row_vectors as cpu_row_vectors
 from fewbits.kernels.cpu import trellis as cpu_trellis
 from fewbits.kernels.cpu import vectors as cpu_vectors
 from fewbits.quant.formats import parse_format
+from fewbits.quant.formats.fairy import FairyFormat, real_form
 from fewbits.quant.formats.joint import summed
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
@@ -82,6 +83,31 @@ def _looked_up(tensors: Mapping[str, Tensor], fmt: RowVectors, rows: int, column
     return [codes.contiguous(), fmt.books(params).mT.contiguous()]
 
 
+def _complex_tiles(tensors: Mapping[str, Tensor], fmt: FairyFormat, rows: int, columns: int) -> Operands:
+    """One index a tile ``(N / 2, K / 2)``, and what stands in either row of a tile, float32 ``(1, 2, entries)`` each.
+
+    So the even rows of the weight, and the odd ones, are vectors of two columns with the same codes.
+    """
+    codes, params = fmt.unpack(tensors, rows, columns)
+    of_u, of_v = fmt.indexes(codes)
+    u, v = (torch.view_as_complex(book) for book in fmt.books(params))
+    entries = len(u)
+    every = real_form(u.expand(entries, -1), v[:, None].expand(-1, entries)).view(entries, 2, entries, 2)
+    books = every.permute(1, 3, 0, 2).flatten(2)[:, None]
+    upper, lower = torch.nn.functional.pad(books, (0, -books.shape[3] % 64)).contiguous()  # the compiled step
+    return [(of_u + entries * of_v).to(torch.uint8 if entries <= 16 else torch.int32), upper, lower]
+
+
+def _interleaved(upper: Tensor, lower: Tensor, dim: int) -> Tensor:
+    """Rows of tiles in their places; ``dim`` is theirs."""
+    return torch.stack([upper, lower], dim + 1).flatten(dim, dim + 1)
+
+
+def _both_rows(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Operands, Any], Tensor]:
+    """A product with vectors of columns, done for the even and for the odd rows of complex tiles."""
+    return lambda x, o, f: _interleaved(run(x, o[0], o[1]), run(x, o[0], o[2]), 1)
+
+
 FAMILIES: dict[type, Family] = {
     TrellisFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
@@ -97,6 +123,10 @@ FAMILIES: dict[type, Family] = {
     PVQFormat: Family(
         _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), lambda o, f: f.dense(*o),
         lambda o, f: cpu_pvq.dequantize(*o)),
+    FairyFormat: Family(
+        _complex_tiles, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span),
+        lambda o, f: _interleaved(*(book[0].T[o[0].long()].flatten(1) for book in o[1:]), 0),
+        lambda o, f: _interleaved(*(cpu_row_vectors.dequantize(o[0], book) for book in o[1:]), 0)),
 }
 
 
@@ -139,6 +169,11 @@ def _small_table(fmt: RowVectors) -> bool:
     return fmt.entries <= 1024 * fmt.length
 
 
+def _up_to_a_byte(fmt: FairyFormat) -> bool:
+    """Whether a table of the 16 or 256 tiles times their inputs is less than the weight; 4096 of them are more."""
+    return fmt.stages < 3
+
+
 def _dense(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
     return x.float() @ FAMILIES[type(fmt)].compiled(operands, fmt).T
 
@@ -162,6 +197,8 @@ CODED_KERNELS: dict[str, CodedKernel] = {
                                       _even),
     "triton_row_gemv": CodedKernel(_triton("row_vectors", "gemv"), RowVectors, "cuda",
                                    TRITON_GEMV_TOKENS, has_triton, _small_table),
+    "triton_fairy_gemv": CodedKernel(_both_rows(from_triton("triton_row_vectors", "gemv")), FairyFormat, "cuda",
+                                     TRITON_GEMV_TOKENS, has_triton, _up_to_a_byte),
     "triton_pvq_gemv": CodedKernel(_triton("pvq", "gemv"), PVQFormat, "cuda", TRITON_GEMV_TOKENS,
                                        has_triton),
     "triton_pvq_gemm": CodedKernel(_triton("pvq", "gemm"), PVQFormat, "cuda", None,
@@ -175,10 +212,13 @@ CODED_KERNELS: dict[str, CodedKernel] = {
     "cpu_row_gemv": CodedKernel(lambda x, o, f: cpu_row_vectors.gemv(x, *o), RowVectors, "cpu",
                                 cpu_row_vectors.GEMV_TOKENS, cpu_row_vectors.available, _small_table),
     "cpu_row_dense": CodedKernel(_dense, RowVectors, "cpu", None, cpu_row_vectors.available),
+    "cpu_fairy_gemv": CodedKernel(_both_rows(lambda x, codes, book: cpu_row_vectors.gemv(x, codes, book)), FairyFormat,
+                                  "cpu", cpu_row_vectors.GEMV_TOKENS, cpu_row_vectors.available, _up_to_a_byte),
+    "cpu_fairy_dense": CodedKernel(_dense, FairyFormat, "cpu", None, cpu_row_vectors.available),
     "cpu_pvq_gemv": CodedKernel(lambda x, o, f: cpu_pvq.gemv(x, *o), PVQFormat, "cpu", cpu_pvq.GEMV_TOKENS,
                                 cpu_pvq.available),
     "cpu_pvq_dense": CodedKernel(_dense, PVQFormat, "cpu", None, cpu_pvq.available),
-    "cuda_codebook_dense": CodedKernel(_rounded, CodebookFormat, "cuda", None, lambda: True),
+    "cuda_codebook_dense": CodedKernel(_rounded, (CodebookFormat, FairyFormat), "cuda", None, lambda: True),
     "coded_reference": CodedKernel(_reference, None, None, None, lambda: True),
 }
 """Name -> kernel, in order of preference; the last takes whatever the others do not."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fewbits.quant.errors import FormatError, nearest
+from fewbits.quant.formats.fairy import FairyFormat
 from fewbits.quant.formats.grid import TABLES, GridFormat
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.levels import BASES, LevelsFormat
@@ -26,6 +27,7 @@ FORMATS: dict[str, Callable[[str], Format | None]] = {
     "vq": VQFormat.parse,
     "pq": ProductFormat.parse,
     "lrvq": LowRankVQFormat.parse,
+    "fairy": FairyFormat.parse,
 }
 """Family -> parser of a format name (None when the name is not of that family)."""
 
@@ -108,6 +110,7 @@ EXAMPLES += [f"trellis{b}" for b in range(1, 5)] + [f"{f}{b}" for f in ("rvq", "
 EXAMPLES += [f"{b}{m}_{g}" for b in BASES for m in ("", "_mean") for g in ("g64", "g128", "row")]
 EXAMPLES += [f"{t}_{g}" for t in TABLES if t[:2] not in ("mx", "nv") for g in ("g64", "g128", "row")]
 EXAMPLES += ["mxfp4", "nvfp4", "ternary_mean_g128_b3", "vq8_v4", "vq8x2_v8", "vq12_v6", "pq8_v8", "lrvq8_v4_d3"]
+EXAMPLES += [f"fairy{b}" for b in range(1, 4)]
 
 
 _SORTED, _ROTATED, _SCALED = "perm:", "had:", "scl:"
