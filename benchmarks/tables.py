@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,19 @@ def _heads(rows: list[Row]) -> str:
         [[r["format"], f"{r['bits_per_weight']:.3f}", f"{r['bytes']:,}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
           f"{r['perplexity']:.2f}", f"{100 * r['top1']:.1f} %", f"{r['cpu_seconds']:.0f}"] for r in rows],
     )
+
+
+def _trained(rows: list[Row]) -> str:
+    """One line a model, over its seeds."""
+    def line(own: list[Row]) -> list[Any]:
+        bits = [r["bits_per_byte"] for r in own]
+        return [own[0]["title"], own[0]["width"], f"{own[0]['bytes_linears']:,}", f"{own[0]['bytes']:,}",
+                f"{statistics.mean(bits):.3f}", f"{min(bits):.3f} to {max(bits):.3f}", len(own),
+                f"{statistics.mean(r['cpu_seconds'] for r in own):.0f}"]
+
+    names = dict.fromkeys(r["model"] for r in rows)
+    return _table(["weights", "width", "bytes of linears", "bytes", "bits per byte", "least to most", "seeds", "CPU s"],
+                  [line([r for r in rows if r["model"] == name]) for name in names])
 
 
 def _allocation(rows: list[Row]) -> str:
@@ -178,6 +192,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
         "vq-logits; pq12_v576 gives every token one of 4096 rows, as the paper does. `python -m benchmarks.heads`",
         _heads),
+    "ifairy": (
+        "Complex weights, trained from scratch", "Two decoder blocks of Llama on the bytes of WikiText-2 valid, 500 "
+        "steps of 16 x 128 bytes, judged on 1024 windows of 128 bytes of test; embedding, head and norms are float and "
+        "count 2 bytes a number. So short a training says which weights learn fastest, not which learn most. "
+        "`python -m benchmarks.ifairy`", _trained),
     "distortion": (
         "Distortion",
         "Of normal values of one deviation, codes alone. `python -m benchmarks.distortion`", _distortion),
