@@ -6,7 +6,7 @@ As torch operators that take flat tensors and the name of a format, ``fewbits::c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,7 +86,8 @@ def _looked_up(tensors: Mapping[str, Tensor], fmt: RowVectors, rows: int, column
 def _complex_tiles(tensors: Mapping[str, Tensor], fmt: FairyFormat, rows: int, columns: int) -> Operands:
     """One index a tile ``(N / 2, K / 2)``, and what stands in either row of a tile, float32 ``(1, 2, entries)`` each.
 
-    So the even rows of the weight, and the odd ones, are vectors of two columns with the same codes.
+    So the even rows of the weight, and the odd ones, are vectors of two columns with the same codes. An index takes a
+    byte, and four of three stages.
     """
     codes, params = fmt.unpack(tensors, rows, columns)
     of_u, of_v = fmt.indexes(codes)
@@ -98,14 +99,14 @@ def _complex_tiles(tensors: Mapping[str, Tensor], fmt: FairyFormat, rows: int, c
     return [(of_u + entries * of_v).to(torch.uint8 if entries <= 16 else torch.int32), upper, lower]
 
 
-def _interleaved(upper: Tensor, lower: Tensor, dim: int) -> Tensor:
-    """Rows of tiles in their places; ``dim`` is theirs."""
-    return torch.stack([upper, lower], dim + 1).flatten(dim, dim + 1)
+def _interleaved(rows: Iterable[Tensor], dim: int) -> Tensor:
+    """The upper rows of tiles and the lower ones in their places; ``dim`` is that of rows."""
+    return torch.stack(list(rows), dim + 1).flatten(dim, dim + 1)
 
 
 def _both_rows(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Operands, Any], Tensor]:
     """A product with vectors of columns, done for the even and for the odd rows of complex tiles."""
-    return lambda x, o, f: _interleaved(run(x, o[0], o[1]), run(x, o[0], o[2]), 1)
+    return lambda x, o, f: _interleaved((run(x, o[0], book) for book in o[1:]), 1)
 
 
 FAMILIES: dict[type, Family] = {
@@ -125,8 +126,8 @@ FAMILIES: dict[type, Family] = {
         lambda o, f: cpu_pvq.dequantize(*o)),
     FairyFormat: Family(
         _complex_tiles, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span),
-        lambda o, f: _interleaved(*(book[0].T[o[0].long()].flatten(1) for book in o[1:]), 0),
-        lambda o, f: _interleaved(*(cpu_row_vectors.dequantize(o[0], book) for book in o[1:]), 0)),
+        lambda o, f: _interleaved((book[0].T[o[0].long()].flatten(1) for book in o[1:]), 0),
+        lambda o, f: _interleaved((cpu_row_vectors.dequantize(o[0], book) for book in o[1:]), 0)),
 }
 
 

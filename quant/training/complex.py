@@ -1,9 +1,9 @@
 """Linears with complex weights in {+1, +i, -1, -i}, trained from scratch (iFairy).
 
-``W = A + iB (n, m)`` acts on ``x = x_r + i x_i``, which is stored as the real ``[x_r; x_i]`` of 2m channels. Every entry
-becomes the power of i that it points to most (PhaseQuant) times a scale: the mean of |A| of all entries that became +1 or
--1, or of |B| of those that became +i or -i. So a weight is 2 bits, and half as many weights as a real linear of these
-widths has are left. Nothing in a model needs a complex dtype: the layer is the real matrix ``[[A, -B], [B, A]]``,
+``W = A + iB (n, m)`` acts on ``x = x_r + i x_i``, which is stored as the real ``[x_r; x_i]`` of 2m channels. Every
+entry becomes the power of i that it points to most (PhaseQuant) times a scale: the mean of |A| of all that became +1
+or -1, or of |B| of those that became +i or -i. A weight is 2 bits, and there are a quarter as many as in a real linear of
+these channels. Nothing in a model needs a complex dtype: the layer is the real matrix ``[[A, -B], [B, A]]``,
 ``Re(q conj(k))`` is the product of concatenated parts, and rotary positions turn ``(x_r, x_i)``.
 """
 
@@ -43,7 +43,7 @@ def block_matrix(a: Tensor, b: Tensor) -> Tensor:
 
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs ``(..., K)`` as whole numbers of -128 to 127 (float32), and what 1 is worth for each token, ``(..., 1)``."""
+    """Inputs ``(..., K)`` as whole numbers of -128 to 127 in float32, and what 1 is worth, ``(..., 1)``."""
     step = x.detach().float().abs().amax(-1, keepdim=True).clamp(min=LEAST_INPUT) / 127
     return (x.detach().float() / step).round().clamp(-128, 127), step
 

@@ -1,4 +1,4 @@
-"""Complex tiles (Fairy2i): the split into U and V, codes against the paper's, storage, and what feedback makes of them."""
+"""Complex tiles (Fairy2i): the split into U and V, codes against the paper's, storage, and error feedback."""
 
 from __future__ import annotations
 
