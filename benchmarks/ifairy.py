@@ -5,7 +5,7 @@
 Text is bytes: WikiText-2 valid to train on, test to judge by. Two decoder blocks of Llama; what is quantized has inputs
 of 8 bits, and embedding, head and norms stay float. With ``phase`` the real channels of a model are
 ``[real parts; imaginary parts]``, and heads are cut so that rotary positions turn a complex channel. A run that
-results/ifairy.json has already is not done again.
+results/ifairy-trained.json has already is not done again.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
     args = parser.parse_args()
-    path = protocol.RESULTS / "ifairy.json"
+    path = protocol.RESULTS / "ifairy-trained.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for seed in args.seeds:
         for name in args.models:
@@ -187,7 +187,7 @@ def main() -> None:
             rows.append(row := run(name, seed))
             print(f"{name}, seed {seed}: {row['bits_per_byte']:.4f} bits per byte, {row['bytes_linears']:,} of "
                   f"{row['bytes']:,} bytes in linears, {row['cpu_seconds']:.0f} CPU s", flush=True)
-            protocol.save("ifairy", rows)
+            protocol.save("ifairy-trained", rows)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
         "vq-logits; pq12_v576 gives every token one of 4096 rows, as the paper does. `python -m benchmarks.heads`",
         _heads),
-    "ifairy": (
+    "ifairy-trained": (
         "Complex weights, trained from scratch", "Two decoder blocks of Llama on the bytes of WikiText-2 valid, 500 "
         "steps of 16 x 128 bytes, judged on 1024 windows of 128 bytes of test; embedding, head and norms are float and "
         "count 2 bytes a number. So short a training says which weights learn fastest, not which learn most. "

@@ -2,8 +2,8 @@
 
 ``W = A + iB (n, m)`` acts on ``x = x_r + i x_i``, which is stored as the real ``[x_r; x_i]`` of 2m channels. Every
 entry becomes the power of i that it points to most (PhaseQuant) times a scale: the mean of |A| of all that became +1
-or -1, or of |B| of those that became +i or -i. A weight is 2 bits, and there are a quarter as many as in a real linear of
-these channels. Nothing in a model needs a complex dtype: the layer is the real matrix ``[[A, -B], [B, A]]``,
+or -1, or of |B| of those that became +i or -i. A weight is 2 bits, and there are a quarter as many as in a real linear
+of these channels. Nothing in a model needs a complex dtype: the layer is the real matrix ``[[A, -B], [B, A]]``,
 ``Re(q conj(k))`` is the product of concatenated parts, and rotary positions turn ``(x_r, x_i)``.
 """
 
