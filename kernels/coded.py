@@ -1,7 +1,8 @@
-"""Products with weights that are coded jointly (trellis, vectors, lattices), and the choice of who computes them.
+"""Products with weights of formats beyond integers, and the choice of who computes them: levels and tables of groups,
+and what is coded jointly (trellis, vectors, lattices).
 
 As torch operators that take flat tensors and the name of a format, ``fewbits::coded_matmul`` and
-``fewbits::coded_dequantize``, opaque to ``torch.compile`` and CUDA graphs. ``x`` is in the rotated basis already.
+``fewbits::coded_dequantize``, opaque to ``torch.compile`` and CUDA graphs. ``x`` is in the basis of the codes already.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.kernels import groups
 from fewbits.kernels.choice import TRITON_GEMV_TOKENS, from_triton, has_triton, pick
+from fewbits.kernels.cpu import groups as cpu_groups
 from fewbits.kernels.cpu import pvq as cpu_pvq
 from fewbits.kernels.cpu import row_vectors as cpu_row_vectors
 from fewbits.kernels.cpu import trellis as cpu_trellis
 from fewbits.kernels.cpu import vectors as cpu_vectors
 from fewbits.quant.formats import parse_format
 from fewbits.quant.formats.fairy import FairyFormat, real_form
+from fewbits.quant.formats.grid import GridFormat
 from fewbits.quant.formats.joint import summed
+from fewbits.quant.formats.levels import LevelsFormat
 from fewbits.quant.formats.pvq import PVQFormat
 from fewbits.quant.formats.rvq import RVQFormat
 from fewbits.quant.formats.trellis import TrellisFormat
@@ -41,12 +46,14 @@ class Family:
         shape: ``(operands, format)`` to N and K.
         decode: ``(operands, format)`` to float32 ``(N, K)``: the truth, in torch.
         compiled: the same in C, where there is a compiler.
+        per_row: how many of the operands, from the first, have the rows of the weight; 0: a row needs others to decode.
     """
 
     operands: Callable[[Mapping[str, Tensor], Any, int, int], Operands]
     shape: Callable[[Operands, Any], tuple[int, int]]
     decode: Callable[[Operands, Any], Tensor]
     compiled: Callable[[Operands, Any], Tensor]
+    per_row: int = 0
 
 
 def _as_stored(tensors: Mapping[str, Tensor], fmt: Any, rows: int, columns: int) -> Operands:
@@ -110,6 +117,10 @@ def _both_rows(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Ten
 
 
 FAMILIES: dict[type, Family] = {
+    **{family: Family(
+        operands, lambda o, f: (o[0].shape[0], o[4].shape[0]), lambda o, f: groups.decode(*o),
+        lambda o, f: cpu_groups.dequantize(*o), per_row=groups.PER_ROW)
+       for family, operands in ((LevelsFormat, groups.levels), (GridFormat, groups.grid))},
     TrellisFormat: Family(
         _as_stored, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1] * f.span), _decode_stored,
         lambda o, f: cpu_trellis.dequantize(o[0], f)),
@@ -120,7 +131,7 @@ FAMILIES: dict[type, Family] = {
        for family, operands in ((RVQFormat, _universal), (VQFormat, _vectors))},
     **dict.fromkeys((ProductFormat, LowRankVQFormat), Family(
         _looked_up, lambda o, f: (o[0].shape[0], o[0].shape[1] * f.length), lambda o, f: f.looked_up(o[0], o[1].mT),
-        lambda o, f: cpu_row_vectors.dequantize(*o))),
+        lambda o, f: cpu_row_vectors.dequantize(*o), per_row=1)),
     PVQFormat: Family(
         _points, lambda o, f: (o[0].shape[0] * f.height, o[0].shape[1]), lambda o, f: f.dense(*o),
         lambda o, f: cpu_pvq.dequantize(*o)),
@@ -161,6 +172,9 @@ def _triton(module: str, name: str, *, of_format: bool = False) -> Callable[[Ten
     return lambda x, operands, fmt: run(x, *operands, *([fmt] if of_format else []))
 
 
+_GROUPED = (LevelsFormat, GridFormat)
+
+
 def _even(fmt: RVQFormat | VQFormat) -> bool:
     return fmt.height in cpu_vectors.HEIGHTS
 
@@ -188,6 +202,13 @@ def _reference(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
 
 
 CODED_KERNELS: dict[str, CodedKernel] = {
+    "triton_group_gemv": CodedKernel(_triton("groups", "gemv", of_format=True), _GROUPED, "cuda", TRITON_GEMV_TOKENS,
+                                     has_triton),
+    "triton_group_gemm": CodedKernel(_triton("groups", "gemm", of_format=True), _GROUPED, "cuda", None, has_triton),
+    "cpu_group_gemv": CodedKernel(lambda x, o, f: cpu_groups.gemv(x, *o), _GROUPED, "cpu", cpu_groups.GEMV_TOKENS,
+                                  cpu_groups.available),
+    "cpu_group_dense": CodedKernel(lambda x, o, f: cpu_groups.dense(x, *o), _GROUPED, "cpu", None,
+                                   cpu_groups.available),
     "triton_trellis_gemv": CodedKernel(_triton("trellis", "gemv", of_format=True), TrellisFormat, "cuda",
                                        TRITON_GEMV_TOKENS, has_triton),
     "triton_trellis_gemm": CodedKernel(_triton("trellis", "gemm", of_format=True), TrellisFormat, "cuda", None,
@@ -309,5 +330,15 @@ def matmul(x: Tensor, operands: Operands, fmt: Format) -> Tensor:
 
 
 def dequantize(operands: Operands, fmt: Format) -> Tensor:
-    """float32 ``(N, K)`` in the rotated basis: exactly what the stored codes mean."""
+    """float32 ``(N, K)`` in the basis of the codes: exactly what they mean."""
     return _DEQUANTIZE(operands, fmt.name)
+
+
+def dequantize_rows(operands: Operands, fmt: Format, index: Tensor) -> Tensor:
+    """float32 ``(*index.shape, K)``; other rows are decoded only where a format codes some of them together."""
+    per_row = FAMILIES[type(fmt)].per_row
+    if not per_row:
+        return dequantize(operands, fmt)[index]
+    flat = index.reshape(-1)
+    rows = dequantize([t.index_select(0, flat) for t in operands[:per_row]] + operands[per_row:], fmt)
+    return rows.view(*index.shape, rows.shape[1])

@@ -6,8 +6,8 @@
 
 Integer formats go through two torch operators that take flat tensors, ``fewbits::int_matmul`` and
 ``fewbits::int_dequantize``, so ``torch.compile`` and CUDA graphs see them as opaque nodes; the number of tokens is
-looked at inside, when it is known. Formats that code jointly have operators of their own (``kernels/coded.py``); any
-other is decoded by its own ``unpack`` and ``decode``.
+looked at inside, when it is known. All other formats of this project have operators too (``kernels/coded.py``); one that
+no kernel knows is decoded by its own ``unpack`` and ``decode``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Prepared:
         tensors: the tensors of the checkpoint, shared and not copied.
         operands: for integer formats ``packed`` (shared with ``tensors``), ``scale`` and ``zero`` in the layout that
             the device reads best; None for the other formats.
-        coded: for formats that code jointly, what their kernels read.
+        coded: for formats of ``kernels/coded.py``, what their kernels read.
     """
 
     format: Format
@@ -228,6 +228,8 @@ def dequantize(prepared: Prepared) -> Tensor:
 
 def dequantize_rows(prepared: Prepared, index: Tensor) -> Tensor:
     """float32 ``(*index.shape, K)``: rows ``index`` (integers in ``[0, N)``) of the weight, for embeddings."""
+    if prepared.coded is not None:
+        return coded.dequantize_rows(prepared.coded, prepared.format, index)
     if prepared.operands is None:
         return dequantize(prepared)[index]
     packed, scale, zero = prepared.operands

@@ -80,6 +80,12 @@ LIBRARIES = {
                              _INT, _INT],
         "fewbits_row_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT, _INT],
     }, flags=("-ffp-contract=off",)),
+    "group_matmul": Library("layers of few levels and of tables run in plain torch, several times slower", {
+        "fewbits_group_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _INT, _POINTER, _LONG, _LONG,
+                               _LONG, _LONG, _LONG, _LONG, _INT, _INT],
+        "fewbits_group_dequantize": [_POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _INT, _POINTER, _LONG, _LONG,
+                                     _LONG, _LONG, _INT, _INT],
+    }),
     "pvq_matmul": Library("layers of pyramid vectors run in plain torch, several times slower", {
         "fewbits_pvq_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT],
         "fewbits_pvq_dequantize": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT],
