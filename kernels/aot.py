@@ -24,8 +24,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fewbits.kernels import triton_int, triton_pvq, triton_rotation, triton_row_vectors, triton_trellis, triton_vectors
+from fewbits.kernels import (
+    triton_groups,
+    triton_int,
+    triton_pvq,
+    triton_rotation,
+    triton_row_vectors,
+    triton_trellis,
+    triton_vectors,
+)
 from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile, tile_for
+from fewbits.quant.formats import parse_format
 
 TIMEOUT = 600
 
@@ -60,7 +69,7 @@ class Job:
     """A kernel at one problem: ``tokens`` times a ``rows`` x ``columns`` weight in groups of ``group`` columns.
 
     A rotation has no ``bits``; its block is ``group``. Vectors with codebooks of their own are 4 rows or 8 columns, and
-    ``bits`` are those of an index.
+    ``bits`` are those of an index. Groups with tables of their own are ``named`` by their format.
     """
 
     kernel: str
@@ -71,9 +80,12 @@ class Job:
     columns: int = 4096
     group: int = 128
     dtype: str = "fp16"
+    named: str = ""
 
     @property
     def format(self) -> str:
+        if self.named:
+            return self.named
         if self.kernel in ROTATIONS:
             return f"had{self.group}"
         if self.kernel in OWN:
@@ -100,8 +112,19 @@ QUICK += _coded("trellis", (2, 3)) + _coded("rvq", (2,)) + _coded("pvq", (2,))  
 QUICK += tuple(Job(kernel, 0) for kernel in ROTATIONS)
 QUICK += (Job("vq_gemv", 8), Job("row_gemv", 8))
 
+
+def _grouped(*names: str) -> tuple[Job, ...]:
+    return tuple(Job(f"group_{kernel}", parse_format(name).code_bits, tokens=tokens, named=name) for name in names
+                 for kernel, tokens in (("gemv", 1), ("gemm", 256)))
+
+
+QUICK += _grouped("ternary_g128", "binary2_g128", "binary_g128", "nf4_g64", "bitmod3_g128", "bitmod4_g128", "nvfp4")
+
 FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + _coded("vq", (12,)) + (
     Job("vq_gemm", 8, tokens=256), Job("row_gemv", 12),
+) + _grouped(
+    "ternary_mean_g64", "binary_g32", "binary3_g128", "binary4_mean_g128", "fdb_g64", "seq_row", "nf4_row", "fp3_g24",
+    "nupes4_g128", "mxfp4",
 ) + tuple(
     Job(kernel, 0, group=block, dtype=dtype) for kernel in ROTATIONS for block in (16, 32, 64, 128)
     for dtype in ("fp16", "bf16") if (block, dtype) != (128, "fp16")
@@ -150,6 +173,8 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
         return _rotation_arguments(job)
     if job.kernel == "row_gemv":
         return _row_arguments(job)
+    if job.named:
+        return _grouped_arguments(job)
     if "_" in job.kernel:
         return _coded_arguments(job, chip)
     words = job.columns * job.bits // 32
@@ -185,6 +210,23 @@ def _coded_arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
 
 
+def _grouped_arguments(job: Job) -> tuple[dict[str, object], Tile]:
+    fmt = parse_format(job.named)
+    assert isinstance(fmt, triton_groups.Format)
+    fixed, run = triton_groups.constants(fmt, job.columns), RUNS[fmt.code_bits]
+    tile = GEMV_TILE if job.kernel == "group_gemv" else triton_groups.tile_of(job.tokens, fmt, job.columns)
+    known: dict[str, object] = {
+        "p_x": f"*{job.dtype}", "p_w": "*i32", "p_c": "*bf16" if job.named == "mxfp4" else "*fp16", "p_t": "*u8",
+        "p_book": "*fp32", "p_whole": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows,
+        "K": job.columns, "words": job.columns * fmt.code_bits // 32, "steps": job.columns // tile.b_k,
+        "s_xm": job.columns, "s_ym": job.rows, "s_ys": job.tokens * job.rows, "s_cn": 1, "s_cp": job.rows,
+        "s_cg": job.rows * (fixed["SCALES"] + fixed["MEAN"] or 1), **fixed,  # type: ignore[operator]
+        "EVEN": job.columns % tile.b_k == 0, "WIDE": job.dtype == "fp32", "b_m": tile.b_m, "b_n": tile.b_n,
+        "b_k": tile.b_k, "b_r": tile.b_k // run,
+    }
+    return {name: known[name] for name in KERNELS[job.kernel].arg_names}, tile
+
+
 def _row_arguments(job: Job) -> tuple[dict[str, object], Tile]:
     length = OWN[job.kernel][1]
     tile = triton_row_vectors.gemv_tile(job.columns // length, length)
@@ -212,6 +254,7 @@ KERNELS = {
     "rvq_gemv": triton_vectors.vector_gemv, "rvq_gemm": triton_vectors.vector_gemm,
     "vq_gemv": triton_vectors.vector_gemv, "vq_gemm": triton_vectors.vector_gemm,
     "row_gemv": triton_row_vectors.row_gemv,
+    "group_gemv": triton_groups.group_gemv, "group_gemm": triton_groups.group_gemm,
     "pvq_gemv": triton_pvq.pvq_gemv, "pvq_gemm": triton_pvq.pvq_gemm,
     "rotate_in": triton_rotation.rotate_in_kernel, "rotate_out": triton_rotation.rotate_out_kernel,
 }

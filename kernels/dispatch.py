@@ -72,7 +72,7 @@ class Kernel:
 
 
 ALL_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
-TRITON_BITS = (2, 3, 4, 8)
+TRITON_BITS = (1, 2, 3, 4, 8)
 
 KERNELS: dict[str, Kernel] = {
     "triton_gemv": Kernel(from_triton("triton_int", "gemv"), "cuda", TRITON_BITS, TRITON_GEMV_TOKENS, has_triton),

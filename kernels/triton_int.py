@@ -1,4 +1,4 @@
-"""Triton kernels for packed integer codes of 2, 3, 4 and 8 bits: one for a few tokens, one for many.
+"""Triton kernels for packed integer codes of 1, 2, 3, 4 and 8 bits: one for a few tokens, one for many.
 
 Both read the disk layout. A *run* is what one load brings in: the codes of one word, or for 3 bits, whose codes
 straddle words, 32 codes in 3 words that stay in the registers of one thread, so the funnel shift costs no exchange.
@@ -24,12 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRET = triton.knobs.runtime.interpret
-RUNS = {2: 16, 3: 32, 4: 8, 8: 4}
+RUNS = {1: 32, 2: 16, 3: 32, 4: 8, 8: 4}
 """Bits -> columns of a run."""
 
 
 @triton.jit
-def _load(p, m, EVEN: tl.constexpr):
+def load(p, m, EVEN: tl.constexpr):
+    """EVEN: nothing lies beyond an end, so that no mask is needed."""
     if EVEN:
         return tl.load(p)
     else:
@@ -37,7 +38,7 @@ def _load(p, m, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
+def run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
     """Runs ``o_run (b_r)`` of rows ``p_row (b_n)``: uint32 ``(b_n, b_r, RUN)`` with each code in the lowest bits.
 
     Halves are joined until a code is left. A join keeps both halves in the registers of the thread that loaded the
@@ -47,23 +48,25 @@ def _run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: 
     if BITS == 3:  # 32 codes in 3 words are 4 pieces of 8 codes in 24 bits
         o_word = (o_run * 3)[None, :]
         p_word = p_row[:, None] + o_word
-        w0 = _load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
-        w1 = _load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
-        w2 = _load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
+        w0 = load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
+        w1 = load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
+        w2 = load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
         even = tl.join(w0, (w1 >> 16) | (w2 << 16))
         raw = tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
         raw = tl.join(raw, raw >> 12)
         raw = tl.join(raw, raw >> 6)
         raw = tl.join(raw, raw >> 3)
     else:
-        word = _load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN)
+        word = load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN)
         raw = word.to(tl.uint32, bitcast=True)
         raw = tl.join(raw, raw >> 16)
         raw = tl.join(raw, raw >> 8)
         if BITS <= 4:
             raw = tl.join(raw, raw >> 4)
-        if BITS == 2:
+        if BITS <= 2:
             raw = tl.join(raw, raw >> 2)
+        if BITS == 1:
+            raw = tl.join(raw, raw >> 1)
     return tl.reshape(raw, (p_row.shape[0], o_run.shape[0], RUN))
 
 
@@ -77,11 +80,11 @@ def _minus_zero(raw, zero, BITS: tl.constexpr):
 @triton.jit
 def _params(p_s, p_z, m, BITS: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr):
     """float32 scales and zeros at pointers of any shape."""
-    scale = _load(p_s, m, EVEN).to(tl.float32)
+    scale = load(p_s, m, EVEN).to(tl.float32)
     if SYM:
         return scale, tl.full(scale.shape, 1 << (BITS - 1), tl.float32)
     else:
-        return scale, _load(p_z, m, EVEN).to(tl.float32)
+        return scale, load(p_z, m, EVEN).to(tl.float32)
 
 
 @triton.jit
@@ -102,8 +105,8 @@ def int_gemv(p_x, p_w, p_s, p_z, p_y, N, K, words, s_xm, s_ym, s_sn, s_sg, BITS:
     for start in range(0, tl.cdiv(K, RUN), b_r):
         o_run = start + o_r
         o_k = o_run[:, None] * RUN + o_j[None, :]
-        x = _load(p_x + token * s_xm + o_k, o_k < K, EVEN).to(tl.float32)
-        raw = _run_bits(p_row, o_run, words, BITS, RUN, EVEN)
+        x = load(p_x + token * s_xm + o_k, o_k < K, EVEN).to(tl.float32)
+        raw = run_bits(p_row, o_run, words, BITS, RUN, EVEN)
         if GROUP % RUN == 0:  # a run lies in one group (also for GROUP == 0)
             o_g = (o_run * RUN) // GROUP if GROUP else o_run * 0
             o_param = row[:, None] * s_sn + o_g[None, :] * s_sg
@@ -141,8 +144,8 @@ def int_gemm(p_x, p_w, p_s, p_z, p_y, M, N, K, words, steps, s_xm, s_ym, s_ys, s
     first = tl.program_id(2) * steps
     for step in range(first, first + steps):
         k = step * b_k
-        x = _load(p_token[:, None] + (k + o_k)[None, :], (k + o_k < K)[None, :], EVEN).to(dtype)
-        raw = _run_bits(p_row, k // RUN + o_r, words, BITS, RUN, EVEN)
+        x = load(p_token[:, None] + (k + o_k)[None, :], (k + o_k < K)[None, :], EVEN).to(dtype)
+        raw = run_bits(p_row, k // RUN + o_r, words, BITS, RUN, EVEN)
         if GROUP % b_k == 0:
             o_param = row * s_sn + (k // GROUP if GROUP else 0) * s_sg
             scale, zero = _params(p_s + o_param, p_z + o_param, (o_n * 0 + k) < K, BITS, SYM, EVEN)

@@ -91,17 +91,21 @@ INLINE f32v look_up(f32v table, u32v index) {
 #endif
 }
 
-/* Sixteen codes from step `s` of a row on, in the low bits of each lane: twice 8 codes, which are `bits` bytes. */
+/* Sixteen codes from step `s` of a row on, in the low 4 bits of each lane: twice 8 codes, which are `bits` bytes. */
 INLINE u32v codes_at(const uint8_t *row, long s, const int bits) {
+#ifdef __AVX512VBMI__ /* byte 0 of each lane is any 8 bits of the 64 */
+    typedef uint64_t u64v __attribute__((vector_size(64)));
+    const u64v pair = {0, 2, 4, 6, 8, 10, 12, 14};
+    const u64v from = (pair * bits) | ((pair + 1) * bits) << 32;
+    uint64_t word;
+    memcpy(&word, row + s * 2 * bits, 8);
+    return (u32v)_mm512_multishift_epi64_epi8((__m512i)from, _mm512_set1_epi64((int64_t)word));
+#else
     const u32v shift = {0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits,
                         0, bits, 2 * bits, 3 * bits, 4 * bits, 5 * bits, 6 * bits, 7 * bits};
     uint32_t low, high;
     memcpy(&low, row + s * 2 * bits, 4);
     memcpy(&high, row + s * 2 * bits + bits, 4);
-#if defined(__AVX512F__)
-    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32((int)low), 0xff00, (int)high);
-    return (u32v)words >> shift;
-#else
     const u32v words = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
     return words >> shift;
 #endif
@@ -143,8 +147,12 @@ INLINE void row_product(const Weight *w, const uint8_t *row, const float *units,
     f32v even[TOKENS], odd[TOKENS]; /* two sums, so that one need not wait for the other */
     for (int m = 0; m < tokens; m++) even[m] = odd[m] = (f32v){0};
     const long size = w->groups == 1 ? steps_of(w) : w->columns / w->groups / LANES;
+    const int single = w->terms == 1 && !kind; /* groups of 16 are many: what they share stays in a register */
+    const f32v shared = *(const f32v *)w->book;
     for (long g = 0, s = 0; g < w->groups; g++) {
-        const f32v table = table_of(w, units, kind, g);
+        f32v table;
+        if (single) table = shared * units[g];
+        else table = table_of(w, units, kind, g);
         long i = 0;
         for (; i + 2 <= size; i += 2, s += 2) {
             const f32v a = look_up(table, codes_at(row, s, bits)), b = look_up(table, codes_at(row, s + 1, bits));

@@ -17,10 +17,12 @@ def judged() -> list[dict]:
 def test_every_width_compiles_for_every_chip_without_spills(judged: list[dict]) -> None:
     found = {(j["kernel"], j["format"], j["chip"]): j["spills"] for j in judged}
     chips = ("sm_80", "sm_90", "gfx942")
-    wanted = [(kernel, f"int{bits}_g128") for kernel in ("gemv", "gemm") for bits in (2, 3, 4, 8)]
+    wanted = [(kernel, f"int{bits}_g128") for kernel in ("gemv", "gemm") for bits in (1, 2, 3, 4, 8)]
     wanted += [(kernel, f"trellis{bits}") for kernel in ("trellis_gemv", "trellis_gemm") for bits in (2, 3)]
     wanted += [(f"{family}_{kernel}", f"{family}2") for family in ("rvq", "pvq") for kernel in ("gemv", "gemm")]
     wanted += [("vq_gemv", "vq8_v4"), ("row_gemv", "pq8_v8")]
+    wanted += [(f"group_{kernel}", name) for kernel in ("gemv", "gemm") for name in (
+        "ternary_g128", "binary2_g128", "binary_g128", "nf4_g64", "bitmod3_g128", "bitmod4_g128", "nvfp4")]
     wanted += [("rotate_in", "had128"), ("rotate_out", "had128")]
     assert set(found) == {(*w, chip) for w in wanted for chip in chips}
     assert not {k: v for k, v in found.items() if v}, "tiles that spill"
