@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fewbits.quant.bitpack import pack_rows, pack_trits, packed_words, unpack_rows, unpack_trits
 from fewbits.quant.errors import FormatError
+from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.scalar import ScalarFormat, group_name
 from fewbits.quant.solvers import als, three_means, two_magnitudes, two_means
 from fewbits.quant.types import Params, Stored, require_stored
@@ -109,6 +110,11 @@ class LevelsFormat(ScalarFormat):
     @property
     def code_bits(self) -> int:
         return self.basis.bits
+
+    @property
+    def integers(self) -> IntFormat | None:
+        """The format of integers with these values among its own, its codes being one more; None: there is none."""
+        return IntFormat(2, self.group_size, symmetric=True) if self.family == "ternary" and not self.mean else None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from fewbits.quant.checkpoint import INDEX, disk_errors
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.formats import layout_name
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.levels import LevelsFormat
 from fewbits.quant.source import MAX_EXTRA_BYTES
 from fewbits.quant.targets import Target, find_targets
-from fewbits.quant.types import Layout, QuantizedTensor
+from fewbits.quant.types import Format, Layout, QuantizedTensor, Segment
 from fewbits.serving.export.names import HubMatrix, hub_matrices, hub_names, hub_tensors
 from fewbits.serving.export.stored import Stored
 
@@ -85,29 +86,40 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """What engines call the linears that they run as one -> the linears."""
 
 
-def one_integer_format(layout: Layout) -> IntFormat | str:
-    """The integer format of a whole matrix, or why it has none."""
+def one_format(layout: Layout) -> Format | str:
+    """The format of a whole matrix, or why it has none. A ternary one without a mean is one of integers to others."""
     if layout.permuted or len(layout.runs) > 1:
         return (f"takes one format for a tensor, its columns in their own order; got {layout_name(layout)[:60]}; "
                 "quantize with allocate.unit = 'tensor'")
     if not layout.own_basis:
-        return (f"takes integers in the weight's own basis; got {layout_name(layout)}; serve it with fewbits or its "
+        return (f"takes codes of the weight in its own basis; got {layout_name(layout)}; serve it with fewbits or its "
                 "vLLM plug-in, or quantize with --target")
     if layout.low_rank:
         return (f"takes codes alone; got {layout_name(layout)}, to which a product of rank {layout.low_rank} is added; "
                 "serve it with fewbits or its vLLM plug-in, or set format.low_rank = 0")
     fmt = layout.runs[0][0]
-    return fmt if isinstance(fmt, IntFormat) else f"takes integers alone; got {fmt.name}"
+    return fmt.integers or fmt if isinstance(fmt, LevelsFormat) else fmt
+
+
+def one_integer_format(layout: Layout) -> IntFormat | str:
+    """The integer format of a whole matrix, or why it has none."""
+    fmt = one_format(layout)
+    return fmt if isinstance(fmt, IntFormat | str) else f"takes integers alone; got {fmt.name}"
 
 
 def linear_format(target: Target, layout: Layout) -> IntFormat | str:
     """The integer format of a linear or an expert, or why it cannot be written packed."""
     fmt = one_integer_format(layout)
-    if isinstance(fmt, IntFormat) and target.kind == "embedding":
+    return fmt if isinstance(fmt, str) else kind_obstacle(target) or fmt
+
+
+def kind_obstacle(target: Target) -> str | None:
+    """Why a matrix cannot be written packed, whatever its format is."""
+    if target.kind == "embedding":
         return "has no packed embeddings that every engine reads; quantize without --set embeddings=true"
-    if isinstance(fmt, IntFormat) and target.kind == "conv1d":
+    if target.kind == "conv1d":
         return "has no transposed linears (transformers' Conv1D); use the checkpoint with fewbits"
-    return fmt
+    return None
 
 
 def integer_format(layout: Layout) -> IntFormat:
@@ -115,6 +127,20 @@ def integer_format(layout: Layout) -> IntFormat:
     fmt = one_integer_format(layout)
     assert isinstance(fmt, IntFormat)
     return fmt
+
+
+def as_integers(tensor: QuantizedTensor) -> QuantizedTensor:
+    """A matrix in a ternary format as the integers that it is (:func:`one_format`); any other as it is.
+
+    Groups whose scale is 0 become zeros, whatever their codes are.
+    """
+    segment = tensor.segments[0]
+    fmt = segment.format.integers if isinstance(segment.format, LevelsFormat) else None
+    if fmt is None:
+        return tensor
+    scale = segment.params["scale"]
+    codes = (segment.codes + 1).view(*scale.shape, -1).masked_fill((scale == 0).unsqueeze(-1), 2)
+    return QuantizedTensor(tensor.shape, (Segment(fmt, codes.view_as(segment.codes), {"scale": scale}),))
 
 
 def group_of(fmt: IntFormat, columns: int) -> int | None:
@@ -145,7 +171,7 @@ def write_folder(
         tensors = hub_tensors(stored, dense)
         for name in names:
             if name in stored.matrices:
-                whole = stored.read(name)
+                whole = as_integers(stored.read(name))
                 for hub in by_owner[name]:
                     part = whole if hub.rows is None else whole.rows(hub.rows)
                     tensors |= {f"{hub.name}.{k}": t.contiguous() for k, t in convert(hub.name, part).items()}

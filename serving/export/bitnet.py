@@ -33,7 +33,7 @@ class BitNet:
         if target.kind == "expert":
             return f"has no experts; {_ELSEWHERE}"
         if fmt.code_bits != 2 or not fmt.symmetric:
-            return f"takes ternary weights, stored as int2_sym_row or in groups; got {fmt.name}; {_ELSEWHERE}"
+            return f"takes ternary weights, as ternary_row or int2_sym_row or in groups; got {fmt.name}; {_ELSEWHERE}"
         if target.shape[0] % _ROWS_PER_BYTE:
             return f"packs rows by {_ROWS_PER_BYTE}, got N = {target.shape[0]}; {_ELSEWHERE}"
         return None

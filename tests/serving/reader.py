@@ -55,8 +55,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     options = dict(request["options"])
     if "dequantize" in options:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=options.pop("dequantize"))
+    dtype = getattr(torch, options.pop("dtype", "float32"))
     kind = getattr(transformers, request["model"])
-    model = kind.from_pretrained(request["folder"], dtype=torch.float32, **options).eval()
+    model = kind.from_pretrained(request["folder"], dtype=dtype, **options).eval()
     ids = torch.arange(3, 27).view(2, 12)
     with torch.no_grad():
         logits = model(input_ids=ids).logits
