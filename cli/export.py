@@ -14,6 +14,8 @@ EPILOG = examples(
     "fewbits export ./model-w4 --to gptq -o ./model-w4-gptq",
     "fewbits export ./model-w4 --to gguf -o ./model-w4.gguf",
     "fewbits export ./model-w3 --to compressed-tensors --allow odd-bits -o ./model-w3-ct",
+    "fewbits export ./model-mxfp4 --to compressed-tensors -o ./model-mxfp4-ct",
+    "fewbits export ./ternary --to bitnet -o ./ternary-bitnet",
 )
 
 
@@ -24,8 +26,8 @@ def export(
     allow: Annotated[
         list[str] | None,
         typer.Option("--allow", metavar="WHAT", help="Take what not every engine reads, or not every tensor fits: "
-                                                     "asymmetric, odd-bits, dense-experts, ternary (gguf). Can be "
-                                                     "given again."),
+                                                     "asymmetric, odd-bits, dense-experts, nvfp4-experts, ternary "
+                                                     "(gguf). Can be given again."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: JsonOption = None,

@@ -18,10 +18,12 @@ from fewbits.kernels.dispatch import select_kernel
 from fewbits.quant.allocate.menu import ENGINES
 from fewbits.quant.bitpack import WORD_BITS
 from fewbits.quant.formats import layout_name
+from fewbits.quant.formats.grid import GridFormat
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.levels import LevelsFormat
 from fewbits.quant.types import Layout
 from fewbits.serving.export import make_exporter
-from fewbits.serving.export.base import FUSED, group_of, integer_format
+from fewbits.serving.export.base import FUSED, group_of, one_format
 from fewbits.serving.export.stored import Stored, open_stored
 from fewbits.serving.tensor_parallel import column_splits
 
@@ -118,6 +120,10 @@ def _vllm(stored: Stored) -> Verdict:
     reasons = _obstacles(stored, "compressed-tensors") or [*_unread(stored, "vllm"), *_fused(stored)]
     if reasons:
         return Verdict("vLLM", CHECKED["vllm"], "no", reasons=[*reasons, "or quantize with --target vllm"])
+    if any(isinstance(fmt, GridFormat) for _, layout in stored.matrices.values() for fmt, _ in layout.runs):
+        kernel = "Marlin, compute capability 8.0 or newer; not on CPU"
+        return Verdict("vLLM", CHECKED["vllm"], "after export", _export(stored, "compressed-tensors"), kernel,
+                       tensor_parallel_sizes(stored, _stock_cuts))
     widths = {fmt.code_bits for fmt in _formats(stored)}
     kernel = "Marlin or Machete" if widths <= {4, 8} else "Marlin; for 2 bits Humming, compute capability 7.5 or newer"
     on_cpu = "; on CPU: 4 bits" if widths == {4} else "; not on CPU, which has 4 bits only"
@@ -214,7 +220,12 @@ def tensor_parallel_sizes(stored: Stored, cuts: Cuts) -> list[int]:
 
 def _stock_cuts(layout: Layout, rows: int, style: str, ranks: int) -> bool:
     """vLLM and SGLang cut stored words, so each rank must get whole words and whole groups."""
-    fmt = integer_format(layout)
+    fmt = one_format(layout)
+    if isinstance(fmt, GridFormat):  # no group ends within a word
+        cut = style.startswith("rowwise")
+        whole = layout.columns % (ranks * (fmt.group_size or 1)) if cut else rows % ranks
+        return ranks == 1 or whole == 0
+    assert isinstance(fmt, IntFormat)
     if style.startswith("rowwise"):
         part, group = layout.columns // ranks, group_of(fmt, layout.columns) or 1
         whole = layout.columns % ranks == 0 and part * fmt.code_bits % WORD_BITS == 0 and part % group == 0
@@ -259,5 +270,6 @@ def _short(dtypes: Any) -> str:
 
 
 def _formats(stored: Stored) -> Sequence[IntFormat]:
-    found = {fmt for _, layout in stored.matrices.values() for fmt, _ in layout.runs}
+    runs = {fmt for _, layout in stored.matrices.values() for fmt, _ in layout.runs}
+    found = {fmt.integers if isinstance(fmt, LevelsFormat) else fmt for fmt in runs}
     return sorted((f for f in found if isinstance(f, IntFormat)), key=lambda f: f.name)

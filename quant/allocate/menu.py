@@ -10,7 +10,9 @@ from fewbits.calibration.stream import StreamedModel
 from fewbits.quant.allocate.predict import in_nats
 from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import MAX_AUTO_GROUP, auto_group, layout_name, named_format, prefixed
+from fewbits.quant.formats.grid import GridFormat
 from fewbits.quant.formats.integer import IntFormat
+from fewbits.quant.formats.levels import LevelsFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
 from fewbits.quant.recipe import Allocate, Recipe
@@ -28,6 +30,7 @@ class Engine:
         bits, groups: legal ones (None: any); ``groups`` has None for one group per row.
         symmetric: bits at which only symmetric formats are read.
         blocks: bits -> columns that every group, be it a row, is a multiple of.
+        floats: families of floats that are read too -> columns that a row is a multiple of.
         outside: whether it reads a quantized embedding and head.
         runs: whether a tensor may have several formats, over columns that may be sorted, and may be rotated.
     """
@@ -39,6 +42,7 @@ class Engine:
     groups: tuple[int | None, ...] | None = None
     symmetric: tuple[int, ...] = ()
     blocks: Mapping[int, int] = field(default_factory=dict)
+    floats: Mapping[str, int] = field(default_factory=dict)
     outside: bool = False
     runs: bool = False
 
@@ -48,8 +52,14 @@ class Engine:
         return all(self._reads(fmt, columns) for fmt, columns in layout.runs)
 
     def _reads(self, fmt: Format, columns: int) -> bool:
+        if self.runs and not isinstance(fmt, IntFormat):
+            return True  # it is ours
+        if isinstance(fmt, GridFormat) and fmt.family in self.floats:
+            return columns % self.floats[fmt.family] == 0
+        if isinstance(fmt, LevelsFormat):
+            fmt = fmt.integers or fmt  # as exports write it
         if not isinstance(fmt, IntFormat):
-            return self.runs  # it is ours
+            return False
         group = None if fmt.group_size == columns else fmt.group_size
         return (
             (self.bits is None or fmt.code_bits in self.bits) and (fmt.symmetric or fmt.code_bits not in self.symmetric)
@@ -61,13 +71,16 @@ class Engine:
 ENGINES: dict[str, Engine] = {
     "fewbits": Engine(("int2", "int3", "int4", "int5", "int6", "int8"),
                       ("trellis1", "trellis2", "trellis3", "trellis4"), outside=True, runs=True),
-    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=(2, 4, 8)),
-    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), (), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8)),
+    "transformers": Engine(("int2_sym", "int4_sym", "int8_sym"), bits=(2, 4, 8), symmetric=(2, 4, 8),
+                           floats={"mxfp4": 32, "nvfp4": 16}),
+    # no nvfp4: linears that run as one must share the scale of the whole tensor there
+    "vllm": Engine(("int2_sym", "int4_sym", "int8_sym"), (), True, (2, 4, 8), (None, 32, 64, 128), (2, 4, 8),
+                   floats={"mxfp4": 32}),
     "sglang": Engine(("int4_sym", "int8_sym"), (), True, (4, 8), (None, 32, 64, 128), (4, 8)),
     # offered are the formats that take as many bytes there as here; larger groups and zero points take more
     "llama.cpp": Engine(
         ("int2_sym_g256", "int4_sym_g32", "int5_sym_g32", "int8_sym_g32"), bits=(2, 4, 5, 8), symmetric=(2, 8),
-        blocks={2: 256, 4: 32, 5: 32, 8: 32}, outside=True),
+        blocks={2: 256, 4: 32, 5: 32, 8: 32}, floats={"mxfp4": 32, "nvfp4": 64}, outside=True),
 }
 """Engine -> what it reads once the checkpoint is exported to it; the names of ``--target``."""
 
@@ -228,7 +241,7 @@ def require_readable(layouts: Mapping[str, Layout], want: Allocate) -> None:
 
 
 def _unreadable(flag: str, name: str, layout: Layout, want: Allocate) -> RecipeError:
-    menu = ", ".join(_offered(want))
+    menu = ", ".join([*_offered(want), *ENGINES[want.target].floats])
     whole = ", for whole tensors; set allocate.unit = 'tensor'" if layout.permuted or len(layout.runs) > 1 else ""
     return RecipeError(f"{flag}: {want.target} does not read {layout_name(layout)} ({name}); it reads {menu}{whole}")
 

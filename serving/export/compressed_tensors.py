@@ -1,9 +1,10 @@
 """compressed-tensors: what vLLM, SGLang and transformers read without fewbits.
 
-Integers are ``pack-quantized``, nvfp4 and mxfp4 ``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``. Codes, scales and
-zero points are stored as these have them already, so files are renamed and not repacked: words of eight codes of 4 bits,
-the first in the lowest, are bytes of two. Each format becomes one config group that lists its modules by exact name: engines match groups in the order of their keys,
-which a ``save_pretrained`` sorts, and disjoint names are the same in any order. Experts have a group of their own.
+Integers are ``pack-quantized``, mxfp4 and nvfp4 ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``. Codes, scales and
+zero points are stored as these have them already, so files are renamed and not repacked: a word of eight codes of 4
+bits, the first in the lowest, is four bytes of two. Each format becomes one config group that lists its modules by exact
+name: engines match groups in the order of their keys, which a ``save_pretrained`` sorts, and disjoint names are the same
+in any order. Experts have a group of their own.
 """
 
 from __future__ import annotations
@@ -55,16 +56,21 @@ class CompressedTensors:
         and nothing in the files says which.
     asymmetric: take zero points, which transformers cannot load with compressed-tensors 0.18 to 0.20.
     dense_experts: take experts that were kept dense beside quantized linears, which transformers cannot load.
+    nvfp4_experts: take experts in nvfp4, which transformers decodes without their scales of whole tensors.
     """
 
     odd_bits: bool = False
     asymmetric: bool = False
     dense_experts: bool = False
+    nvfp4_experts: bool = False
 
     single_file = False
 
     def obstacle(self, target: Target, layout: Layout) -> str | None:
         if isinstance(floats := one_format(layout), GridFormat) and floats.family in _FLOATS:
+            if target.kind == "expert" and floats.has_global and not self.nvfp4_experts:
+                return ("with experts in nvfp4 is decoded wrongly by transformers, which says nothing; quantize them "
+                        "as mxfp4, or --allow nvfp4-experts for engines that read them, such as vLLM")
             return kind_obstacle(target)
         fmt = linear_format(target, layout)
         if isinstance(fmt, str):
@@ -92,7 +98,7 @@ class CompressedTensors:
 
 
 def packed_tensors(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """What stands for a matrix: bytes of two codes for floats, words for integers, which have their shape beside them."""
+    """What stands for a matrix: bytes of two codes for floats, words and their shape for integers."""
     packed = tensor.pack()
     if isinstance(tensor.segments[0].format, GridFormat):
         del packed["weight_shape"]
@@ -190,11 +196,11 @@ def _experts_format(stored: Stored) -> Packable | None:
 
 def _for_all(formats: Sequence[Packable]) -> Packable:
     """The narrowest format that is no coarser than any of these, all of them dividing the same matrices."""
-    if (floats := next((f for f in formats if isinstance(f, GridFormat)), None)) is not None:
-        return floats
+    if floats := [f for f in formats if isinstance(f, GridFormat)]:
+        return floats[0]
     groups = [f.group_size for f in formats if f.group_size]
     return IntFormat(max(f.code_bits for f in formats), math.gcd(*groups) if groups else None,
-                     all(f.symmetric for f in formats))
+                     all(f.symmetric for f in formats if isinstance(f, IntFormat)))
 
 
 def _nearest(bits: int) -> int:
@@ -202,17 +208,21 @@ def _nearest(bits: int) -> int:
 
 
 def _warnings(config: dict[str, Any]) -> list[str]:
-    experts = [any(t.startswith("re:") for t in g["targets"]) for g in config["config_groups"].values()]
-    if experts.count(False) < 2:
-        return []
-    return ["several formats: transformers decodes all linears but those of the first wrongly, and says nothing, "
-            "when it is asked to dequantize=True while loading; load without it"]
+    groups = config["config_groups"].values()
+    out = []
+    if sum(not any(t.startswith("re:") for t in g["targets"]) for g in groups) > 1:
+        out.append("several formats: transformers decodes all linears but those of the first wrongly, and says "
+                   "nothing, when it is asked to dequantize=True while loading; load without it")
+    if any(g["weights"]["type"] == "float" for g in groups):
+        out.append("floats: transformers decodes them to bfloat16 whatever the model's dtype is, so load it with "
+                   "dtype=torch.bfloat16")
+    return out
 
 
 def _about_scales(stored: Stored) -> list[str]:
     """nvfp4 linears that an engine runs as one, and whose scales of whole tensors differ."""
     found = []
-    for name, (_, layout) in stored.matrices.items():
+    for name in stored.matrices:
         parent, _, leaf = name.rpartition(".")
         parts = next((parts for parts in FUSED.values() if leaf == parts[0]), ())
         names = [n for n in (f"{parent}.{part}" for part in parts) if n in stored.matrices]

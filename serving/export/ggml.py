@@ -1,4 +1,4 @@
-"""The block types of ggml that hold fewbits' integers as they are: which format goes into which, and its bytes.
+"""The block types of ggml that hold fewbits' codes as they are: which format goes into which, and its bytes.
 
 A row is cut into blocks, and a block stores a float16 scale beside its codes. A group of several blocks repeats its
 scale in each of them, which is exact. What every type means is ggml's own definition (``ggml-common.h`` and
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fewbits.quant.errors import FormatError
+from fewbits.quant.formats.grid import GridFormat
 from fewbits.quant.formats.integer import IntFormat
-from fewbits.quant.types import QuantizedTensor
+from fewbits.quant.types import Format, QuantizedTensor
 
 Bytes = NDArray[np.uint8]
 """Shape ``(blocks, n)``: some bytes of every block."""
@@ -28,7 +30,7 @@ class BlockType:
 
     Attributes:
         name: in ``gguf.GGMLQuantizationType``.
-        code_bits, symmetric: of the integers that it holds.
+        code_bits, symmetric: of the codes that it holds.
         columns: in a block.
         nbytes: of a block.
         pack: codes ``(blocks, columns)`` -> the bytes that stand for them.
@@ -57,6 +59,11 @@ def _nibbles(codes: Bytes) -> Bytes:
     """The first half of a block in the low halves of its bytes, the second half in the high ones."""
     low, high = np.split(codes & _FOUR_BITS, 2, axis=1)
     return low | high << np.uint8(4)
+
+
+def _nibbles_of_sixteen(codes: Bytes) -> Bytes:
+    """The same for every 16 columns by themselves."""
+    return _nibbles(codes.reshape(-1, 16)).reshape(len(codes), -1)
 
 
 def _five_bits(codes: Bytes) -> Bytes:
@@ -104,14 +111,25 @@ BLOCK_TYPES = (
     BlockType("TQ2_0", 2, True, 256, 66, _crumbs, scale_last=True, negative=True),
 )
 TERNARY = BlockType("TQ1_0", 2, True, 256, 54, _trits, scale_last=True)
+FLOATS = {
+    "mxfp4": BlockType("MXFP4", 4, True, 32, 17, _nibbles),
+    "nvfp4": BlockType("NVFP4", 4, True, 64, 36, _nibbles_of_sixteen),
+}
+"""Family of floats -> its type; the bytes of scales, of one group or four, come first."""
 
 
-def block_type(fmt: IntFormat, columns: int, *, ternary: bool = False) -> BlockType | str:
-    """The type that holds an integer format over rows of so many columns, or why none does.
+def block_type(fmt: Format, columns: int, *, ternary: bool = False) -> BlockType | str:
+    """The type that holds a format over rows of so many columns, or why none does.
 
     Args:
         ternary: 2-bit codes are -1, 0 and 1 and never -2.
     """
+    if isinstance(fmt, GridFormat) and (floats := FLOATS.get(fmt.family)) is not None:
+        if columns % floats.columns:
+            return f"has blocks of {floats.columns} columns for {fmt.name}, got K = {columns}; {_other(columns)}"
+        return floats
+    if not isinstance(fmt, IntFormat):
+        return f"has no type for {fmt.name}; {_other(columns)}"
     same = [t for t in BLOCK_TYPES if t.code_bits == fmt.code_bits]
     found = next((t for t in same if t.symmetric == fmt.symmetric), None)
     if found is None:
@@ -123,12 +141,17 @@ def block_type(fmt: IntFormat, columns: int, *, ternary: bool = False) -> BlockT
     return TERNARY if ternary and fmt.code_bits == TERNARY.code_bits else found
 
 
+def _other(columns: int) -> str:
+    return f"K = {columns} is no multiple of 32, add it to keep" if columns % 32 else "quantize it as int4_sym_g32"
+
+
 def _way_out(kind: BlockType, columns: int) -> str:
     if columns % 32:
-        return f"K = {columns} is no multiple of 32, add it to keep"
+        return _other(columns)
     if columns % kind.columns:
-        return f"K = {columns} is no multiple of {kind.columns}, quantize it as int4_sym_g32"
-    return f"quantize it as int{kind.code_bits}{'_sym' * kind.symmetric}_g{kind.columns}"
+        return f"K = {columns} is no multiple of {kind.columns}, {_other(columns)}"
+    ternary = " or ternary_g256" * (kind.code_bits == TERNARY.code_bits)
+    return f"quantize it as int{kind.code_bits}{'_sym' * kind.symmetric}_g{kind.columns}{ternary}"
 
 
 def to_blocks(name: str, tensor: QuantizedTensor, kind: BlockType) -> tuple[Bytes, int]:
@@ -141,6 +164,10 @@ def to_blocks(name: str, tensor: QuantizedTensor, kind: BlockType) -> tuple[Byte
     """
     segment = tensor.segments[0]
     codes = segment.codes.numpy().reshape(-1, kind.columns)
+    if isinstance(segment.format, GridFormat):
+        stored = segment.format.pack(segment.codes, segment.params)["weight_scale"].view(torch.uint8).numpy()
+        blocks = np.concatenate([stored.reshape(len(codes), -1), kind.pack(codes)], axis=1)
+        return blocks.reshape(tensor.shape[0], -1), 0
     scale = _halves(name, segment.params["scale"])
     if kind is TERNARY and not codes.all():
         raise FormatError(f"{name}: TQ1_0 holds -1, 0 and 1, got -2 for {int((codes == 0).sum())} weights; export "

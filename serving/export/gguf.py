@@ -1,5 +1,7 @@
 """GGUF, the file of llama.cpp: codes and scales go into ggml's own block types unchanged.
 
+The scale of a whole nvfp4 tensor is a tensor beside it, ``.scale``, by which llama.cpp multiplies the product.
+
 Linears, embedding and head may be quantized or not; what is dense keeps its dtype (vectors become float32, as
 llama.cpp has them). One tensor is in memory at a time.
 """
@@ -16,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.quant.errors import FormatError
+from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout
-from fewbits.serving.export.base import Progress, integer_format, one_integer_format
-from fewbits.serving.export.ggml import BlockType, Bytes, block_type, to_blocks
+from fewbits.serving.export.base import Progress, as_integers, one_format
+from fewbits.serving.export.ggml import FLOATS, BlockType, Bytes, block_type, to_blocks
 from fewbits.serving.export.gguf_model import (
     Architecture,
     add_metadata,
@@ -33,6 +35,7 @@ from fewbits.serving.export.gguf_model import (
 from fewbits.serving.export.gguf_tokenizer import add_tokenizer
 from fewbits.serving.export.stored import Stored
 
+_FILE_TYPES = {"MXFP4": "MOSTLY_MXFP4_MOE"}  # the others are named after their tensors
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -63,12 +66,14 @@ class Gguf:
     single_file = True
 
     def obstacle(self, target: Target, layout: Layout) -> str | None:
-        fmt = one_integer_format(layout)
+        fmt = one_format(layout)
         if isinstance(fmt, str):
             return fmt
         if target.kind not in ("linear", "embedding"):
             return f"takes no {target.kind}; use the checkpoint with fewbits"
         found = block_type(fmt, target.shape[1], ternary=self.ternary)
+        if found is FLOATS["nvfp4"] and target.kind == "embedding":
+            return "has no scale of the whole tensor for embeddings in nvfp4; quantize it as mxfp4 or int8_sym_g32"
         return found if isinstance(found, str) else None
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
@@ -76,6 +81,9 @@ class Gguf:
         arch = architecture(stored)
         rounded: Counter[str] = Counter()
         pieces = self._pieces(stored, arch, rounded)
+        if unknown := {p.kind for p in pieces} - set(gguf.GGMLQuantizationType.__members__):
+            raise RecipeError(f"--to gguf: the installed package gguf knows no {', '.join(sorted(unknown))}; "
+                              "pip install --upgrade gguf")
         writer = gguf.GGUFWriter(str(out), arch.name)
         try:
             warnings = add_metadata(writer, stored)
@@ -104,26 +112,34 @@ class Gguf:
         for ours in (n for names in stored.by_shard() for n in names):
             rows = rows_of(arch, ours, config)
             if ours in stored.matrices:
-                pieces.append(self._packed(stored, ours, name(f"{ours}.weight"), rows, rounded))
+                pieces += self._packed(stored, ours, name(f"{ours}.weight"), rows, rounded)
             else:
                 pieces.append(_dense(stored, ours, name(ours), rows))
         if (factors := rope_factors(arch, config)) is not None:
             pieces.append(_as_it_is("rope_freqs.weight", "F32", factors.shape, lambda: factors))
         return pieces
 
-    def _packed(self, stored: Stored, ours: str, name: str, rows: Tensor | None, rounded: Counter[str]) -> Piece:
+    def _packed(self, stored: Stored, ours: str, name: str, rows: Tensor | None, rounded: Counter[str]
+                ) -> list[Piece]:
         target, layout = stored.matrices[ours]
-        kind = block_type(integer_format(layout), target.shape[1], ternary=self.ternary)
+        fmt = one_format(layout)
+        assert not isinstance(fmt, str)
+        kind = block_type(fmt, target.shape[1], ternary=self.ternary)
         assert isinstance(kind, BlockType)
 
         def read() -> Bytes:
-            tensor = stored.read(ours)
+            tensor = as_integers(stored.read(ours))
             packed, inexact = to_blocks(ours, tensor if rows is None else tensor.rows(rows), kind)
             if inexact:
                 rounded[ours] += inexact
             return packed
 
-        return Piece(name, kind.name, target.shape, target.shape[0] * kind.row_bytes(target.shape[1]), read)
+        nbytes = target.shape[0] * kind.row_bytes(target.shape[1])
+        pieces = [Piece(name, kind.name, target.shape, nbytes, read)]
+        if kind is FLOATS["nvfp4"]:
+            whole = name.removesuffix(".weight") + ".scale"
+            pieces.append(_as_it_is(whole, "F32", (1,), lambda: 1 / stored.dense(f"{ours}.weight_global_scale")))
+        return pieces
 
 
 def _dense(stored: Stored, ours: str, name: str, rows: Tensor | None) -> Piece:
@@ -152,7 +168,7 @@ def _file_type(gguf: Any, pieces: list[Piece]) -> int:
     for piece in pieces:
         weights[piece.kind] += int(np.prod(piece.shape)) if len(piece.shape) > 1 else 0
     names = [k for k, _ in weights.most_common() if k not in _DENSE.values()]
-    return int(gguf.LlamaFileType[f"MOSTLY_{names[0]}"])
+    return int(gguf.LlamaFileType[_FILE_TYPES.get(names[0], f"MOSTLY_{names[0]}")])
 
 
 def _about_offsets(rounded: Counter[str]) -> list[str]:
