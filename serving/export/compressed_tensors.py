@@ -1,10 +1,10 @@
 """compressed-tensors: what vLLM, SGLang and transformers read without fewbits.
 
-Integers are ``pack-quantized``, mxfp4 and nvfp4 ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``. Codes, scales and
-zero points are stored as these have them already, so files are renamed and not repacked: a word of eight codes of 4
-bits, the first in the lowest, is four bytes of two. Each format becomes one config group that lists its modules by exact
-name: engines match groups in the order of their keys, which a ``save_pretrained`` sorts, and disjoint names are the same
-in any order. Experts have a group of their own.
+Integers are ``pack-quantized``, mxfp4 and nvfp4 ``mxfp4-pack-quantized`` and ``nvfp4-pack-quantized``. Codes, scales
+and zero points are stored as these have them already, so files are renamed and not repacked: a word of eight codes of 4
+bits, the first in the lowest, is four bytes of two. Each format becomes one config group that lists its modules by
+exact name: engines match groups in the order of their keys, which a ``save_pretrained`` sorts, and disjoint names are
+the same in any order. Experts have a group of their own.
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ def _llama3(original: int) -> dict[str, object]:
             "high_freq_factor": 4.0, "original_max_position_embeddings": original}
 
 
+def _given(name: str, *more: str) -> dict[str, object]:
+    return {"rules": [{"match": match, "format": name} for match in ("*_proj", *more)]}
+
+
 _CASES: dict[str, tuple[str, dict, dict]] = {
     "Q4_0": ("llama", {}, {}),
     "Q4_1": ("llama", {}, {"format.symmetric": False}),
@@ -41,6 +45,10 @@ _CASES: dict[str, tuple[str, dict, dict]] = {
     "Q8_0 rows, head too": ("llama", {}, {"format.bits": 8, "format.group_size": "row", "lm_head": True}),
     "TQ2_0": ("llama", {"intermediate_size": 512}, {"format.bits": 2, "format.group_size": 256}),
     "TQ1_0": ("llama", {"intermediate_size": 512}, {"format.bits": 2, "format.group_size": 256}),
+    "MXFP4": ("llama", {}, _given("mxfp4")),
+    "NVFP4, head too": ("qwen3", {"head_dim": 64}, _given("nvfp4", "lm_head")),
+    "TQ2_0 of ternary_g256": ("llama", {"intermediate_size": 512}, _given("ternary_g256")),
+    "TQ1_0 of ternary_row": ("llama", {"intermediate_size": 512}, _given("ternary_row")),
     "tied table": ("llama", {"tie_word_embeddings": True},
                    {"rules": [{"match": "model.embed_tokens", "format": "int8_sym_g32"}]}),
     "tied head of its own": ("llama", {"tie_word_embeddings": True},
@@ -111,7 +119,7 @@ def test_llama_cpp_computes_nearly_the_same(case: str, tmp_path: Path) -> None:
     fewbits.quantize(dense, ours, recipe="rtn", overrides=settings)
     if case == "TQ1_0":
         make_ternary(ours)
-    window, found, ids = _by_llama_cpp(ours, tmp_path, *["ternary"] * (case == "TQ1_0"))
+    window, found, ids = _by_llama_cpp(ours, tmp_path, *["ternary"] * case.startswith("TQ1_0"))
     with torch.no_grad():
         want = fewbits.load(ours, device="cpu", dtype=torch.float32)(input_ids=window).logits[0]
     error = float((found - want).norm() / want.norm())
