@@ -147,7 +147,7 @@ class GridFormat(ScalarFormat):
         for kind in self._kinds(search=importance is not None):
             reach = max(abs(v) for v in TABLES[self.family][kind])
             for factor in factors:
-                best.attempt(largest * (factor / reach), kind)
+                best.attempt(largest * factor / reach, kind)
         if importance is not None:
             if self.types > 4:
                 for beside in (-1, 1):
@@ -166,8 +166,8 @@ class GridFormat(ScalarFormat):
         """Scales as they will be stored."""
         if self.family == "mxfp4":
             # the largest weight is taken to 4 or above, as the specification has it; it may be clipped by a third
-            exponent = (torch.floor(torch.log2((ideal * 6).clamp(min=2.0**-124))) - 2).clamp(-126, 127)
-            return torch.exp2(exponent).where(ideal > 0, torch.ones_like(ideal))
+            exponent = torch.frexp(ideal * E2M1[-1])[1] - 3
+            return torch.exp2(exponent.clamp(-126, 127).float()).where(ideal > 0, torch.ones_like(ideal))
         if self.has_global:
             units = (ideal * fixed["global_scale"]).clamp(_E4M3_TINY, _E4M3_MAX)
             return units.to(torch.float8_e4m3fn).float()
