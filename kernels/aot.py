@@ -123,7 +123,7 @@ QUICK += _grouped("ternary_g128", "binary2_g128", "binary_g128", "nf4_g64", "bit
 FULL = QUICK + _coded("trellis", (1, 4)) + _coded("rvq", (3, 4)) + _coded("vq", (12,)) + (
     Job("vq_gemm", 8, tokens=256), Job("row_gemv", 12),
 ) + _grouped(
-    "ternary_mean_g64", "binary_g32", "binary3_g128", "binary4_mean_g128", "fdb_g64", "seq_row", "nf4_row", "fp3_g24",
+    "ternary_mean_g64", "binary_g32", "binary3_g128", "binary4_mean_g128", "fdb_g64", "seq_row", "nf4_row", "fp3_g16",
     "nupes4_g128", "mxfp4",
 ) + tuple(
     Job(kernel, 0, group=block, dtype=dtype) for kernel in ROTATIONS for block in (16, 32, 64, 128)
@@ -214,7 +214,7 @@ def _grouped_arguments(job: Job) -> tuple[dict[str, object], Tile]:
     fmt = parse_format(job.named)
     assert isinstance(fmt, triton_groups.Format)
     fixed, run = triton_groups.constants(fmt, job.columns), RUNS[fmt.code_bits]
-    tile = GEMV_TILE if job.kernel == "group_gemv" else triton_groups.tile_of(job.tokens, fmt, job.columns)
+    tile = GEMV_TILE if job.kernel == "group_gemv" else tile_for(job.tokens, triton_int.GEMM_TILES)
     known: dict[str, object] = {
         "p_x": f"*{job.dtype}", "p_w": "*i32", "p_c": "*bf16" if job.named == "mxfp4" else "*fp16", "p_t": "*u8",
         "p_book": "*fp32", "p_whole": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows,

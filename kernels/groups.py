@@ -10,7 +10,7 @@ by group for tables. Operands, rows first, so that rows can be picked:
 - ``packed (N, words)`` int32: dense little-endian bit stream of codes of 1 to 4 bits, see ``quant/bitpack.py``;
 - ``coef (N, P, G)`` of 16 bits, as stored (E4M3 and powers of two are exact in float16 and in bfloat16);
 - ``kind (N, G)`` uint8, or ``(N, 0)`` where there is one;
-- ``book (kinds * P, 2^bits)`` float32;
+- ``book (kinds * P, 2^bits)`` float32, kinds a power of two;
 - ``whole (K,)`` float32: the scale of the whole tensor that numbers of nvfp4 are divided by, else 1; one number,
   expanded, so that its shape says K, which the words of a ragged row do not.
 """
@@ -50,8 +50,8 @@ def grid(tensors: Mapping[str, Tensor], fmt: GridFormat, rows: int, columns: int
         scale = scale.to(torch.float16 if fmt.has_global else torch.bfloat16)
     kind = params.get("type", torch.empty(rows, 0, dtype=torch.uint8, device=packed.device))
     whole = tensors["weight_global_scale"] if fmt.has_global else torch.ones(1, device=packed.device)
-    return [packed, _by_device(scale[:, None]), _by_device(kind), tables(fmt.family, packed.device),
-            whole.expand(columns)]
+    book = F.pad(tables(fmt.family, packed.device), (0, 0, 0, (1 << fmt.type_bits) - fmt.types))
+    return [packed, _by_device(scale[:, None]), _by_device(kind), book, whole.expand(columns)]
 
 
 def _by_device(params: Tensor) -> Tensor:

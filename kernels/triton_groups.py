@@ -1,9 +1,10 @@
 """Triton kernels for groups of few levels and of tables (``groups.py``): one for a few tokens, one for many.
 
-Both read runs of packed codes as ``triton_int.py`` does. A level is a sum over the bits of its code, each of which
-chooses between two numbers of the group: a test, a choice and an addition. An entry of a table is gathered from the
-book, 64 bytes a table that stay in the first cache: 4 instructions less than a tree of choices. As in
-``triton_int.py``, tiles were chosen from compiled code.
+Both read runs of packed codes as ``triton_int.py`` does. A level with one scale is an integer times it; one with
+several is a sum over the bits of its code, each of which chooses between two numbers: a test, a choice and an addition.
+Entries of tables are gathered from the book in shared memory, where 16 entries are in as many banks. Loads through
+pointers, which the compiler moves to other threads and back, took twice the instructions. As in ``triton_int.py``, tiles
+were chosen from compiled code.
 
 Prefixes: p_ pointer, s_ stride, b_ block, o_ offset, m_ mask. Shapes: M tokens, N rows, K columns.
 """
@@ -16,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbits.kernels.triton_int import (
+    GEMM_TILES,
     GEMV_TILE,
     INTERPRET,
     RUNS,
     WARP,
-    Tile,
-    gemm_tile,
     load,
     run_bits,
     split_product,
     store_tile,
+    tile_for,
     tokens_of,
 )
 from fewbits.quant.formats.grid import GridFormat
@@ -33,53 +34,64 @@ from fewbits.quant.formats.levels import LevelsFormat
 
 
 @triton.jit
-def _levels(raw, p_c, m, s_cp, BITS: tl.constexpr, SCALES: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr,
-            MEAN: tl.constexpr, EVEN: tl.constexpr):
+def _numbers(p, row, k, K, s_n, s_g, RUN: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, b_r: tl.constexpr):
+    """Numbers of the groups of ``b_r`` runs of columns from ``k`` on, to broadcast against ``(b_n, b_r, RUN)``.
+
+    They are read once for the block, for a run or for a weight, whatever is sure to lie in one group; and without axes
+    of 1, for which the compiler would move the codes to other threads.
+    """
+    if GROUP % (b_r * RUN) == 0:
+        o_g = k // GROUP if GROUP else 0
+        return load(p + row * s_n + o_g * s_g, row * 0 + k < K, EVEN)[:, None, None]
+    elif GROUP % RUN == 0:
+        o_k = k + tl.arange(0, b_r) * RUN
+        return load(p + row[:, None] * s_n + (o_k // GROUP)[None, :] * s_g, (o_k < K)[None, :], EVEN)[:, :, None]
+    else:
+        o_k = k + (tl.arange(0, b_r) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
+        return load(p + row[:, None, None] * s_n + (o_k // GROUP)[None, :, :] * s_g, (o_k < K)[None, :, :], EVEN)
+
+
+@triton.jit
+def _levels(raw, p_c, row, k, K, s_cn, s_cp, s_cg, BITS: tl.constexpr, RUN: tl.constexpr, GROUP: tl.constexpr,
+            SCALES: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr, EVEN: tl.constexpr,
+            b_r: tl.constexpr):
     """float32 of the shape of ``raw``: ``mean + sum_p scale_p (START + STEP bit_p)``, or with one scale and several
-    bits ``mean + scale (START + STEP code)``. ``p_c`` is where the first number of each group is."""
-    mean = load(p_c + SCALES * s_cp, m, EVEN).to(tl.float32) if MEAN else 0.0
-    scale = load(p_c, m, EVEN).to(tl.float32)
-    value = tl.where((raw & 1) != 0, scale * (START + STEP) + mean, scale * START + mean)
-    for i in tl.static_range(1, BITS):
-        bit = (raw & (1 << i)) != 0
-        if SCALES > 1:
-            scale = load(p_c + i * s_cp, m, EVEN).to(tl.float32)
-            value += tl.where(bit, scale * (START + STEP), scale * START)
-        else:
-            value += tl.where(bit, scale * (STEP * (1 << i)), 0.0)
+    bits ``mean + scale (START + STEP code)``."""
+    scale = _numbers(p_c, row, k, K, s_cn, s_cg, RUN, GROUP, EVEN, b_r).to(tl.float32)
+    if SCALES == 1 and BITS > 1:
+        magic = (raw & ((1 << BITS) - 1)) | 0x4B000000
+        value = (magic.to(tl.float32, bitcast=True) - 8388608.0) * (scale * STEP) + scale * START
+    else:
+        value = tl.where((raw & 1) != 0, scale * (START + STEP), scale * START)
+        for i in tl.static_range(1, BITS):
+            scale = _numbers(p_c + i * s_cp, row, k, K, s_cn, s_cg, RUN, GROUP, EVEN, b_r).to(tl.float32)
+            value += tl.where((raw & (1 << i)) != 0, scale * (START + STEP), scale * START)
+    if MEAN:
+        value += _numbers(p_c + SCALES * s_cp, row, k, K, s_cn, s_cg, RUN, GROUP, EVEN, b_r).to(tl.float32)
     return value
 
 
 @triton.jit
-def _entries(raw, p_c, p_t, p_book, m, BITS: tl.constexpr, TYPES: tl.constexpr, EVEN: tl.constexpr):
+def _entries(raw, p_c, p_t, p_book, row, k, K, s_cn, s_cg, BITS: tl.constexpr, RUN: tl.constexpr,
+             GROUP: tl.constexpr, TYPES: tl.constexpr, EVEN: tl.constexpr, b_r: tl.constexpr):
     """float32 of the shape of ``raw``: entries of the tables of each group, times its scale."""
     index = (raw & ((1 << BITS) - 1)).to(tl.int32)
-    if TYPES:
-        index += load(p_t, m, EVEN).to(tl.int32) << BITS
-    return tl.load(p_book + index) * load(p_c, m, EVEN).to(tl.float32)
+    if TYPES > 1:
+        index += _numbers(p_t, row, k, K, s_cn, s_cg, RUN, GROUP, EVEN, b_r).to(tl.int32) << BITS
+    book = tl.load(p_book + tl.arange(0, TYPES << BITS))
+    entry = tl.reshape(tl.gather(book, tl.reshape(index, (row.shape[0] * b_r * RUN,)), 0), index.shape)
+    return entry * _numbers(p_c, row, k, K, s_cn, s_cg, RUN, GROUP, EVEN, b_r).to(tl.float32)
 
 
 @triton.jit
 def _weights(raw, row, k, p_c, p_t, p_book, K, s_cn, s_cp, s_cg, BITS: tl.constexpr, RUN: tl.constexpr,
              GROUP: tl.constexpr, SCALES: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr, MEAN: tl.constexpr,
              TYPES: tl.constexpr, EVEN: tl.constexpr, b_r: tl.constexpr):
-    """float32 ``(b_n, b_r, RUN)``: what codes ``raw`` of columns from ``k`` on mean.
-
-    Numbers are read once for the block, for a run or for a weight: whatever is sure to lie in one group.
-    """
-    if GROUP % (b_r * RUN) == 0:
-        o_k = k + tl.zeros((1, 1, 1), tl.int32)
-    elif GROUP % RUN == 0:
-        o_k = k + (tl.arange(0, b_r) * RUN)[None, :, None]
-    else:
-        o_k = k + (tl.arange(0, b_r) * RUN)[None, :, None] + tl.arange(0, RUN)[None, None, :]
-    o_g = o_k // GROUP if GROUP else o_k * 0
-    o_param = row[:, None, None] * s_cn + o_g * s_cg
-    m = o_k < K
+    """float32 ``(b_n, b_r, RUN)``: what codes ``raw`` of columns from ``k`` on mean."""
     if SCALES:
-        return _levels(raw, p_c + o_param, m, s_cp, BITS, SCALES, START, STEP, MEAN, EVEN)
+        return _levels(raw, p_c, row, k, K, s_cn, s_cp, s_cg, BITS, RUN, GROUP, SCALES, START, STEP, MEAN, EVEN, b_r)
     else:
-        return _entries(raw, p_c + o_param, p_t + o_param, p_book, m, BITS, TYPES, EVEN)
+        return _entries(raw, p_c, p_t, p_book, row, k, K, s_cn, s_cg, BITS, RUN, GROUP, TYPES, EVEN, b_r)
 
 
 @triton.jit
@@ -90,7 +102,7 @@ def group_gemv(p_x, p_w, p_c, p_t, p_book, p_whole, p_y, N, K, words, s_xm, s_ym
     """``y (M, N) = x (M, K) @ W.T`` for a token or two: all of a row in one program, float32 throughout.
 
     GROUP is the group size, 0 for one group per row. SCALES: of levels, 0 for tables, of which a group chooses one
-    where there are TYPES. WHOLE: outputs are divided by one number. EVEN: K is a multiple of a step.
+    of TYPES. WHOLE: outputs are divided by one number. EVEN: K is a multiple of a step.
     """
     o_n = tl.program_id(1) * b_n + tl.arange(0, b_n)
     token = tl.program_id(0).to(tl.int64)  # the faster axis: programs that read the same rows run at the same time
@@ -149,16 +161,11 @@ def constants(fmt: Format, columns: int) -> dict[str, object]:
     """What a format and its groups fix when a kernel is compiled."""
     out: dict[str, object] = {
         "BITS": fmt.code_bits, "RUN": RUNS[fmt.code_bits], "GROUP": 0 if fmt.groups(columns) == 1 else fmt.group_size,
-        "SCALES": 0, "START": 0.0, "STEP": 0.0, "MEAN": False, "TYPES": False, "WHOLE": False}
+        "SCALES": 0, "START": 0.0, "STEP": 0.0, "MEAN": False, "TYPES": 0, "WHOLE": False}
     if isinstance(fmt, GridFormat):
-        return out | {"TYPES": fmt.types > 1, "WHOLE": fmt.has_global}
+        return out | {"TYPES": 1 << fmt.type_bits, "WHOLE": fmt.has_global}
     basis = fmt.basis  # every scale begins alike and has a bit of its own, or there is one with all bits
     return out | {"SCALES": len(basis.start), "START": basis.start[0], "STEP": basis.steps[0][0], "MEAN": fmt.mean}
-
-
-def tile_of(tokens: int, fmt: Format, columns: int) -> Tile:
-    """Of the gemm."""
-    return gemm_tile(tokens, fmt.code_bits, 0 if fmt.groups(columns) == 1 else fmt.group_size or 0)
 
 
 def gemv(x: Tensor, packed: Tensor, coef: Tensor, kind: Tensor, book: Tensor, whole: Tensor, fmt: Format) -> Tensor:
@@ -176,7 +183,7 @@ def gemm(x: Tensor, packed: Tensor, coef: Tensor, kind: Tensor, book: Tensor, wh
          split: int | None = None) -> Tensor:
     """``x (M, K) -> (M, N)`` for many tokens; ``split`` programs share a tile's columns (None: as many as help)."""
     (tokens, columns), (rows, words) = x.shape, packed.shape
-    fixed, tile = constants(fmt, columns), tile_of(tokens, fmt, columns)
+    fixed, tile = constants(fmt, columns), tile_for(tokens, GEMM_TILES)
 
     def launch(y: Tensor, blocks: tuple[int, int], split: int, steps: int) -> None:
         group_gemm[(*blocks, split)](
