@@ -3,8 +3,8 @@
 Both read runs of packed codes as ``triton_int.py`` does. A level with one scale is an integer times it; one with
 several is a sum over the bits of its code, each of which chooses between two numbers: a test, a choice and an addition.
 Entries of tables are gathered from the book in shared memory, where 16 entries are in as many banks. Loads through
-pointers, which the compiler moves to other threads and back, took twice the instructions. As in ``triton_int.py``, tiles
-were chosen from compiled code.
+pointers, which the compiler moves to other threads and back, took twice the instructions. As in ``triton_int.py``,
+tiles were chosen from compiled code.
 
 Prefixes: p_ pointer, s_ stride, b_ block, o_ offset, m_ mask. Shapes: M tokens, N rows, K columns.
 """
