@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fewbits.kernels.linear import PackedMatrix
 from fewbits.quant.errors import CheckpointError, FormatError
 from fewbits.quant.types import Layout, check_permutation
-from fewbits.serving.tensor_parallel import stack_rows, stackable, take_columns, take_rows
+from fewbits.serving.tensor_parallel import own_scale, stack_rows, stackable, take_columns, take_rows
 
 AGAIN = "the checkpoint does not belong to its config.json or is incomplete; copy or quantize it again"
 _SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -117,7 +117,7 @@ class Loading:
         out: list[list[PackedMatrix]] = []
         for first in sorted(self.done):
             matrix = self.done[first]
-            if out and out[-1][0].layout == matrix.layout and stackable(matrix.layout):
+            if out and _are_one(out[-1][0], matrix):
                 out[-1].append(matrix)
             else:
                 out.append([matrix])
@@ -169,6 +169,11 @@ class Loading:
             return group[0]
         parts = [{k: v.detach() for k, v in m.packed_tensors().items()} for m in group]
         return self._matrix(stack_rows(parts, group[0].layout), group[0].layout)
+
+
+def _are_one(above: PackedMatrix, below: PackedMatrix) -> bool:
+    return (above.layout == below.layout and stackable(below.layout)
+            and own_scale([above.packed_tensors(), below.packed_tensors()], below.layout) is None)
 
 
 def _checked(name: str, layout: Layout, tensors: Mapping[str, Tensor]) -> int:

@@ -13,6 +13,7 @@ from fewbits.quant.formats import MAX_AUTO_GROUP, auto_group, layout_name, named
 from fewbits.quant.formats.grid import GridFormat
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.levels import LevelsFormat
+from fewbits.quant.formats.scalar import ScalarFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.plan import ends_of
 from fewbits.quant.recipe import Allocate, Recipe
@@ -226,8 +227,8 @@ def _sorted_layout(fmt: Format, columns: int, group: int) -> Layout:
     for start in range(0, columns, group):
         n = min(group, columns - start)
         own = fmt
-        if isinstance(fmt, IntFormat) and (fmt.group_size is None or (n < group and n % fmt.group_size)):
-            own = dataclasses.replace(fmt, group_size=n)
+        if isinstance(fmt, ScalarFormat) and (fmt.group_size is None or (n < group and n % fmt.group_size)):
+            own = fmt.in_groups(n)
         own.groups(n)
         parts.append(Layout(((own, n),), permuted=True))
     return Layout.join(parts)

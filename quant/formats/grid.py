@@ -103,6 +103,9 @@ class GridFormat(ScalarFormat):
             return None
         return GridFormat(m[3], _FIXED[m[3]]) if m[3] else GridFormat(m[1], int(m[2]) if m[2] else None)
 
+    def in_groups(self, size: int) -> GridFormat:
+        return self if self.family in _FIXED else GridFormat(self.family, size)
+
     @property
     def code_bits(self) -> int:
         return len(TABLES[self.family][0]).bit_length() - 1
@@ -259,7 +262,8 @@ class _Best:
     """The best parameters so far of groups ``weight (..., g)``."""
 
     def __init__(self, weight: Tensor, importance: Tensor, fmt: GridFormat, fixed: Params) -> None:
-        self._weight, self._importance, self._format, self._fixed = weight, importance, fmt, fixed
+        self._weight, self._importance = weight.contiguous(), importance
+        self._format, self._fixed = fmt, fixed
         self._error = torch.full(weight.shape[:-1], torch.inf, device=weight.device)
         self._ideal = torch.ones_like(self._error)
         self._kind = torch.zeros(self._error.shape, dtype=torch.uint8, device=weight.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class ScalarFormat:
             hint = f"one that divides it ({', '.join(divisors)}) or " if divisors else ""
             raise FormatError(f"K = {columns} is not a multiple of group_size {size}; choose {hint}'row' or 'auto'")
         return columns // size
+
+    def in_groups(self, size: int) -> Any:
+        """The same with groups of ``size`` columns; a family with a size of its own keeps it."""
+        return dataclasses.replace(self, group_size=size)  # type: ignore[type-var]
 
     def shared(self, weight: Tensor) -> dict[str, Tensor]:
         return {}

@@ -19,7 +19,10 @@ from tests.serving.conftest import round_to_nearest, same_bytes
 # 44 rows: zero points of 44 * bits bits end within a word, as those of half of the rows do
 ROWS, COLUMNS = 44, 192
 LAYOUTS = [f"int{b}_{g}" for b in range(1, 9) for g in ("g24", "sym_row")] + ["int3_g32", "int5_row", "int4_sym_g64"]
-RUNS = ["int4_g32[64]+int3_g16[128]", "int8_row[96]+int2_sym_g32[96]"]
+LAYOUTS += ["ternary_g24", "ternary_mean_g12_b3", "ternary_row_b3", "binary_g16", "binary3_mean_g32", "fdb_row",
+            "seq_g32", "nf4_g24", "fpq4_g12", "bitmod3_g24", "bitmod4_row", "nupes4_g12", "mxfp4", "nvfp4"]
+RUNS = ["int4_g32[64]+int3_g16[128]", "int8_row[96]+int2_sym_g32[96]",
+        "ternary_g32_b3[64]+nvfp4[64]+bitmod3_g16[64]"]
 SORTED = "perm:int6_g32[64]+int3_g32[128]"
 
 
@@ -60,10 +63,26 @@ def test_columns_are_those_of_the_weight(name):
 
 @pytest.mark.parametrize("name,sizes", [
     ("int4_g32", [1, 2, 3, 6]), ("int4_g64", [1, 3]), ("int3_g192", [1]), (SORTED, [1]),
-    ("int4_row", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]), (RUNS[0], [1, 2, 3, 6]),
+    ("nvfp4", [1, 2, 3, 4, 6, 12]), ("bitmod3_g24", [1, 2, 4, 8]), ("int4_row", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]), (RUNS[0], [1, 2, 3, 6]),
 ])
 def test_column_splits_cut_no_group(name, sizes):
     assert column_splits(parse_layout(name, COLUMNS)) == sizes
+
+
+def test_matrices_with_scales_of_their_own_stay_apart():
+    layout = parse_layout("nvfp4", COLUMNS)
+    q, k = packed("nvfp4"), packed("nvfp4", seed=1)
+    with pytest.raises(FormatError, match=r"weight_global_scale: got .*, needed one number for matrices"):
+        stack_rows([q.pack(), k.pack()], layout)
+    share = Share(2 * ROWS, COLUMNS, from_shard, 1, False, torch.device("cpu"), torch.float32)
+    for other, matrices in ((k, 2), (q, 1)):
+        layer = Loading("qkv", {"q": layout, "k": layout}, share)
+        for shard, part in enumerate((q, other)):
+            for local, tensor in part.pack().items():
+                layer.loader_of(local)(None, tensor, shard)
+        found = layer.finish()
+        assert len(found) == matrices
+        assert torch.equal(torch.cat([m.dense() for m in found]), torch.cat([q.dequantize(), other.dequantize()]))
 
 
 def test_columns_within_a_group_are_refused():
@@ -91,6 +110,11 @@ def from_row(start: int):
     return load
 
 
+def from_shard(param: nn.Parameter, loaded: Tensor, shard: int) -> None:
+    """Weights of ``ROWS`` rows, one below the other."""
+    param.data.narrow(param.output_dim, shard * ROWS, ROWS).copy_(loaded)
+
+
 def loading(name: str = "int4_g32", *, rows: int = ROWS, start: int = 0, tp_size: int = 1) -> Loading:
     share = Share(rows, COLUMNS, from_row(start), tp_size, False, torch.device("cpu"), torch.float32)
     return Loading("layer", {"layer": parse_layout(name, COLUMNS)}, share)
@@ -102,13 +126,13 @@ def give(into: Loading, tensors: dict[str, Tensor]) -> Loading:
     return into
 
 
-@pytest.mark.parametrize("name", ["int3_g24", "int8_sym_row", RUNS[1], SORTED])
+@pytest.mark.parametrize("name", ["int3_g24", "int8_sym_row", "ternary_row_b3", "nvfp4", RUNS[1], SORTED])
 def test_a_device_multiplies_by_its_rows(name):
     whole = packed(name)
     (matrix,) = give(loading(name, rows=11, start=22, tp_size=4), whole.pack()).finish()
     x = torch.randn(3, COLUMNS)
     torch.testing.assert_close(matrix.project(x), x @ whole.dequantize()[22:33].T, rtol=0, atol=1e-4)
-    assert matrix.packed_tensors()["weight_scale"].dtype == torch.float16
+    assert matrix.packed_tensors()["weight_scale"].dtype == whole.layout.dtypes["weight_scale"]
 
 
 def test_what_is_not_whole_is_refused():
