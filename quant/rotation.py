@@ -167,6 +167,22 @@ def choose_scales(weight: Tensor, stats: LayerStats | None) -> Rotation:
 _RANK_ONE_ROUNDS = 8
 
 
+def fold_exponents(weight: Tensor, stats: LayerStats) -> Rotation:
+    """Scales of columns that even out the inputs of ``weight (N, K)``: powers of two from 1/8 to 1, and none of rows.
+
+    These are the pre-shifted exponents of LLM-FP4 (arXiv 2310.16836, eq. 9): an input that is large in all tokens is
+    shifted down before it is rounded with one exponent a token, and its weights are shifted up before they are rounded
+    (the paper shifts them afterwards, where small ones are lost). Inputs up to the median of sizes stay as they are.
+    """
+    size = stats.hessian.diagonal().clamp(min=1e-30).sqrt().log2()
+    shift = (size - size.median()).round().clamp(0, _SHIFTS)
+    return Rotation(torch.exp2(-shift).half(), torch.ones(len(weight), dtype=torch.float16, device=weight.device), 1, 1)
+
+
+_SHIFTS = 3
+"""What an exponent of E2M1 can be shifted by."""
+
+
 def _signs(n: int, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (n,), generator=draw).mul_(2).sub_(1).float()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fewbits.quant.errors import FewbitsError
 from fewbits.quant.quantizers.codebooks import Codebooks
 from fewbits.quant.quantizers.lowrank import beside_low_rank
-from fewbits.quant.rotation import choose_rotation, choose_scales, rotate, rotate_stats, storable
+from fewbits.quant.rotation import choose_rotation, choose_scales, fold_exponents, rotate, rotate_stats, storable
 from fewbits.quant.types import Format, LayerStats, Layout, Params, QuantizedTensor, proxy_loss
 
 # The clip search goes over its data about a hundred times: a chunk of this many weights stays in a core's cache, and
@@ -65,8 +66,12 @@ Core = Callable[[Tensor, LayerStats | None, Layout], tuple[QuantizedTensor, dict
 """A quantizer that looks at the runs of a layout and at nothing else."""
 
 
+Scales = Literal["fit", "inputs"]
+"""What scales of a scaled weight are for: the least error, or even inputs, for engines that round these too."""
+
+
 def in_coded_basis(
-    core: Core, weight: Tensor, stats: LayerStats | None, layout: Layout, seed: int
+    core: Core, weight: Tensor, stats: LayerStats | None, layout: Layout, seed: int, scales: Scales = "fit"
 ) -> tuple[QuantizedTensor, dict[str, float]]:
     """Sort and rotate the columns as the layout says, quantize, and say in the result how to undo it.
 
@@ -78,7 +83,7 @@ def in_coded_basis(
         FewbitsError: no statistics to sort by.
     """
     if layout.low_rank:
-        return beside_low_rank(partial(in_coded_basis, core, seed=seed), weight, stats, layout)
+        return beside_low_rank(partial(in_coded_basis, core, seed=seed, scales=scales), weight, stats, layout)
     order = None
     if layout.permuted:
         if stats is None or stats.n_tokens == 0:
@@ -88,11 +93,17 @@ def in_coded_basis(
         weight, stats = weight[:, order], stats.permuted(order)
     if not layout.own_basis:
         weight = weight.float() if stats is None else weight.float().masked_fill(stats.xtx.diagonal() <= 0, 0)
-        rotation = choose_rotation(weight, stats, seed) if layout.rotated else choose_scales(weight, stats)
+        fold = layout.scaled and scales == "inputs"
+        if layout.rotated:
+            rotation = choose_rotation(weight, stats, seed)
+        elif fold and stats is not None:
+            rotation = fold_exponents(weight, stats)
+        else:
+            rotation = choose_scales(weight, stats)
         coded, facts = core(rotate(weight, rotation), None if stats is None else rotate_stats(stats, rotation), layout)
         made = dataclasses.replace(coded, rotation=rotation)
         if stats is not None and stats.cross is None:
-            for _ in range(_SCALE_ROUNDS if layout.scaled else 0):
+            for _ in range(_SCALE_ROUNDS if layout.scaled and not fold else 0):
                 made = _refit_rows(weight, _refit_columns(weight, made, stats), stats)
             made = _refit_rows(weight, made, stats)
     else:

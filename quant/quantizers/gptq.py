@@ -31,7 +31,7 @@ from fewbits.quant.quantizers.codebooks import (
     refit_codebooks,
     with_codebooks,
 )
-from fewbits.quant.quantizers.fit import Fit, fit_layout, in_coded_basis
+from fewbits.quant.quantizers.fit import Fit, Scales, fit_layout, in_coded_basis
 from fewbits.quant.quantizers.rescale import rescaled
 from fewbits.quant.quantizers.rtn import Clip
 from fewbits.quant.types import LayerStats, Layout, QuantizedTensor, Segment, permuted
@@ -57,6 +57,8 @@ class GPTQ:
         qep_damp: damping of the correction's own solve.
         refits: how often codebooks are fitted to their codes and the codes swept anew; a last fit follows.
         rescale: fit all scales (and means) of a row at once to its codes, at the end.
+        scales: of layouts with ``scl:``: ``fit`` for the least error, ``inputs`` to even out the inputs by powers of
+            two, for engines that round these too.
         block_size: columns per lazy update. Speed only.
     """
 
@@ -68,6 +70,7 @@ class GPTQ:
     qep_damp: Annotated[float, Field(ge=0)] = 1.0
     refits: Annotated[int, Field(ge=0)] = 1
     rescale: bool = False
+    scales: Scales = "fit"
     block_size: Annotated[int, Field(ge=1)] = 128
 
     needs_stats = True
@@ -85,7 +88,7 @@ class GPTQ:
         """
         if stats is None or stats.n_tokens == 0:
             raise FewbitsError("gptq: got no calibration tokens for this tensor; give more text, or keep the tensor")
-        return in_coded_basis(self._quantize, weight, stats, layout, seed)
+        return in_coded_basis(self._quantize, weight, stats, layout, seed, self.scales)
 
     def _quantize(
         self, weight: Tensor, stats: LayerStats | None, layout: Layout

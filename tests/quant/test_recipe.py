@@ -29,6 +29,7 @@ from fewbits.quant.types import Layout
 CHANGES: dict[str, Any] = {
     "quantizer.damp": 0.02, "quantizer.act_order": False, "quantizer.clip": "minmax", "quantizer.qep": 0.5,
     "quantizer.qep_damp": 0.5, "quantizer.refits": 0, "quantizer.rescale": True, "quantizer.coarse_first": True,
+    "quantizer.scales": "inputs",
     "format.layout": "nf4_g32", "format.bits": 3, "format.group_size": 32,
     "format.symmetric": True,
     "format.scale_dtype": "bfloat16", "format.family": "trellis", "format.state_bits": 14,

@@ -163,3 +163,25 @@ def test_a_model_with_the_recipe_loads(tmp_path, tiny) -> None:
             x = random(3, module.columns)
             dense = module.quantized().dequantize()
             assert torch.allclose(module(x), x @ dense.T + (0 if module.bias is None else module.bias), atol=1e-4)
+
+
+# -- exponents folded --------------------------------------------------------------------------------------------------
+
+
+def test_exponents_of_inputs_are_folded_into_weights() -> None:
+    weight = random(16, 32) * 0.1
+    x = random(512, 32, seed=4) * torch.where(torch.arange(32) % 8 == 0, 30.0, 1.0)
+    seen = LayerStats(x.T @ x, len(x))
+    made, _ = GPTQ(scales="inputs").quantize(weight, seen, parse_layout("scl:fp4_g16", 32))
+    basis = made.rotation
+    assert basis is not None
+    shift = -basis.in_scale.float().log2()
+    assert torch.equal(shift, torch.where(torch.arange(32) % 8 == 0, 3.0, 0.0))
+    assert torch.allclose(made.dequantize(), weight, atol=0.1)
+    # rounded with one scale a token, inputs lose less
+    from fewbits.eval.activations import rounder
+    from fewbits.quant.formats import parse_format
+
+    run, y = rounder(parse_format("fp4_row")), x @ weight.T
+    folded = run(x * basis.in_scale.float()) / basis.in_scale.float()
+    assert float((folded @ weight.T - y).norm()) < 0.8 * float((run(x) @ weight.T - y).norm())
