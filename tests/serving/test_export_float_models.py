@@ -14,6 +14,7 @@ from fewbits.quant.errors import FormatError, RecipeError
 from fewbits.quant.formats import parse_format
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout
+from fewbits.serving.doctor import diagnose
 from fewbits.serving.export import export
 from fewbits.serving.export.bitnet import BitNet
 from fewbits.serving.export.stored import open_stored
@@ -124,6 +125,18 @@ def test_nvfp4_linears_that_vllm_runs_as_one_are_warned_of(tmp_path: Path) -> No
     assert not ENGINES["vllm"].reads(layout) and ENGINES["transformers"].reads(layout)
     assert ENGINES["vllm"].reads(Layout.of(parse_format("mxfp4"), 64))
     assert not ENGINES["sglang"].reads(Layout.of(parse_format("mxfp4"), 64))
+
+
+@pytest.mark.parametrize(("name", "readers"), [
+    ("mxfp4", {"transformers", "vLLM", "llama.cpp"}), ("nvfp4", {"transformers"}),  # K of 96 is not whole blocks of llama.cpp
+    ("ternary_g32", {"transformers", "vLLM"}), ("ternary_mean_g32", set()), ("nf4_g32", set()),
+])
+def test_the_doctor_knows_who_reads_them(name: str, readers: set[str], tmp_path: Path) -> None:
+    engines = diagnose(made_of(tmp_path, name)).engines
+    assert {v.engine.split(" with ")[0] for v in engines if v.reads == "after export"} == readers
+    if name == "mxfp4":
+        vllm = next(v for v in engines if v.engine == "vLLM")
+        assert "Marlin" in vllm.kernel and vllm.tensor_parallel == [1]  # K of 64 and 96: two ranks have no whole groups
 
 
 def test_experts_in_nvfp4_are_refused(reader, tmp_path: Path) -> None:
