@@ -6,8 +6,8 @@
 
 Integer formats go through two torch operators that take flat tensors, ``fewbits::int_matmul`` and
 ``fewbits::int_dequantize``, so ``torch.compile`` and CUDA graphs see them as opaque nodes; the number of tokens is
-looked at inside, when it is known. All other formats of this project have operators too (``kernels/coded.py``); one
-that no kernel knows is decoded by its own ``unpack`` and ``decode``.
+looked at inside, when it is known. Other formats have operators in ``kernels/coded.py``; one that no kernel knows is
+decoded by its own ``unpack`` and ``decode``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kernels read of formats whose groups share numbers: few levels (``levels.py``) and tables (``grid.py``).
+"""What kernels read of weights in groups of few levels (``formats/levels.py``) and of tables (``formats/grid.py``).
 
 Both are one decode. A code looks up rows of a small book, and the group's numbers are what these are multiplied by:
 

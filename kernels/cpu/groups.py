@@ -1,4 +1,4 @@
-"""The compiled products of groups with tables of their own; operands as in ``kernels/groups.py``."""
+"""The compiled products of groups with tables of their own, behind torch tensors as in ``kernels/groups.py``."""
 
 from __future__ import annotations
 

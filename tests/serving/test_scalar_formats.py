@@ -17,8 +17,8 @@ from tests.serving.conftest import logits, same_bytes, stored_tensors
 
 TOLERANCE = 2e-4  # as in test_loading.py
 NAMES = ["ternary_g32", "ternary_mean_row_b3", "binary_g16", "binary2_mean_g32", "binary3_row", "binary4_g32",
-         "fdb_g16", "seq_g32", "nf4_g32", "fp3_row", "fp4_g16", "fpq4_g32", "bitmod3_g32", "bitmod4_g16", "nupes3_g32",
-         "nupes4_row", "mxfp4", "nvfp4"]
+         "fdb_g16", "seq_g32", "nf4_g32", "fp3_row", "fp4_g16", "fpq4_g32", "bitmod3_g32", "bitmod4_g16",
+         "nupes3_g32", "nupes4_row", "mxfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -64,8 +64,7 @@ def test_columns_are_those_of_the_weight(name):
 @pytest.mark.parametrize("name,sizes", [
     ("int4_g32", [1, 2, 3, 6]), ("int4_g64", [1, 3]), ("int3_g192", [1]), (SORTED, [1]),
     ("nvfp4", [1, 2, 3, 4, 6, 12]), ("bitmod3_g24", [1, 2, 4, 8]),
-    ("int4_row", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]),
-    (RUNS[0], [1, 2, 3, 6]),
+    ("int4_row", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]), (RUNS[0], [1, 2, 3, 6]),
 ])
 def test_column_splits_cut_no_group(name, sizes):
     assert column_splits(parse_layout(name, COLUMNS)) == sizes
