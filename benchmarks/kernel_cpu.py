@@ -1,9 +1,11 @@
-"""Packed integer products on the CPU beside float32 ``F.linear``, in one run.
+"""Products with packed weights of integers, levels and tables on the CPU beside float32 ``F.linear``, in one run.
 
-    python benchmarks/kernel_cpu.py [--sizes 1536 4096] [--tokens 1 8 64] [--threads 2] [--json kernel_cpu.json]
+    python benchmarks/kernel_cpu.py [--formats int4_g64 ternary_g128 nf4_g64] [--sizes 1536 4096] [--tokens 1 8 64]
+                                    [--threads 2] [--json kernel_cpu.json]
 
 Every repetition times one call of each kernel in a row of the table, in turn; the figure is the least of them, which a
-busy machine disturbs least. ``gemv`` and ``dense`` are the two ways of ``KERNELS``; ``chosen`` is what dispatch takes.
+busy machine disturbs least. ``gemv`` and ``dense`` are the two ways of ``KERNELS`` and of ``CODED_KERNELS``; ``chosen``
+is what dispatch takes.
 """
 
 from __future__ import annotations
@@ -16,21 +18,36 @@ from pathlib import Path
 
 import torch
 
+from fewbits.kernels.coded import CODED_KERNELS
 from fewbits.kernels.cpu import int_matmul as cpu
-from fewbits.kernels.dispatch import Prepared, matmul, prepare, select_kernel
-from fewbits.quant.formats.integer import IntFormat
+from fewbits.kernels.dispatch import KERNELS, Prepared, matmul, prepare, select_kernel
+from fewbits.quant.formats import parse_format
+from fewbits.quant.types import Segment
 
 SECONDS = 1.0  # for each row of the table
 MOST_REPEATS = 500
 
 
-def make(size: int, bits: int, group: int, symmetric: bool) -> Prepared:
-    fmt = IntFormat(bits, group, symmetric)
-    codes = torch.randint(0, 1 << bits, (size, size), dtype=torch.uint8)
-    params = {"scale": torch.rand(size, size // group).half()}
-    if not symmetric:
-        params["zero_point"] = torch.randint(0, 1 << bits, (size, size // group), dtype=torch.uint8)
-    return prepare(fmt, fmt.pack(codes, params), size, size)
+def make(size: int, name: str) -> Prepared:
+    """Of normal values; the rows repeat, since the search for their parameters takes longer than all products."""
+    fmt, own = parse_format(name), 64
+    values = torch.randn(own, size)
+    fitted = fmt.fit(values.view(own, fmt.groups(size), -1), None)
+    codes = Segment.nearest(fmt, values, fitted).codes
+    times = -(-size // own)
+    params = {k: v.repeat(times, 1)[:size] for k, v in fitted.items()}
+    return prepare(fmt, fmt.pack(codes.repeat(times, 1)[:size], params), size, size)
+
+
+def ways(prepared: Prepared, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The two ways to compute a product with this weight."""
+    if (operands := prepared.operands) is not None:
+        bits = prepared.format.code_bits
+        return {way: lambda k=KERNELS[f"cpu_{way}"]: k.run(x, *operands, bits) for way in ("gemv", "dense")}
+    coded = prepared.coded
+    assert coded is not None
+    return {way: lambda k=CODED_KERNELS[f"cpu_group_{way}"]: k.run(x, coded, prepared.format)
+            for way in ("gemv", "dense")}
 
 
 def side_by_side(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -47,14 +64,10 @@ def side_by_side(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: seconds * 1e6 for name, seconds in best.items()}
 
 
-def measure(size: int, tokens: int, bits: int, group: int, symmetric: bool) -> dict[str, object]:
-    prepared = make(size, bits, group, symmetric)
-    assert prepared.operands is not None
-    operands, x, weight = prepared.operands, torch.randn(tokens, size), torch.randn(size, size)
+def measure(size: int, tokens: int, name: str) -> dict[str, object]:
+    prepared, x, weight = make(size, name), torch.randn(tokens, size), torch.randn(size, size)
     found = side_by_side({
-        "linear": lambda: torch.nn.functional.linear(x, weight),
-        "gemv": lambda: cpu.gemv(x, *operands, bits),
-        "dense": lambda: cpu.dense(x, *operands, bits),
+        "linear": lambda: torch.nn.functional.linear(x, weight), **ways(prepared, x),
         "chosen": lambda: matmul(x, prepared),
     })
     return {"format": prepared.format.name, "N=K": size, "M": tokens,
@@ -67,9 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1536, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8])
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--formats", nargs="+", default=[f"int{bits}_g64" for bits in range(1, 9)])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
@@ -79,8 +90,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for size in options.sizes:
         for tokens in options.tokens:
-            for bits in options.bits:
-                rows.append(measure(size, tokens, bits, options.group, options.symmetric))
+            for name in options.formats:
+                rows.append(measure(size, tokens, name))
                 if len(rows) == 1:
                     print("  ".join(f"{name:>10}" for name in rows[0]))
                 print("  ".join(f"{value!s:>10}" for value in rows[-1].values()), flush=True)

@@ -10,8 +10,8 @@ from fewbits.kernels.cpu.build import load
 from fewbits.kernels.cpu.int_matmul import DENSE_CODES
 from fewbits.kernels.reference import row_chunks
 
-GEMV_TOKENS = 12
-"""Up to here, looking values up again for every 4 tokens beats a dense copy of them."""
+GEMV_TOKENS = 16
+"""Up to here, looking values up again for every 4 tokens beats a dense copy of them (benchmarks/kernel_cpu.py)."""
 
 _LANES = 16
 
