@@ -128,7 +128,8 @@ def test_nvfp4_linears_that_vllm_runs_as_one_are_warned_of(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "readers"), [
-    ("mxfp4", {"transformers", "vLLM", "llama.cpp"}), ("nvfp4", {"transformers"}),  # K of 96 is not whole blocks of llama.cpp
+    ("mxfp4", {"transformers", "vLLM", "llama.cpp"}),
+    ("nvfp4", {"transformers"}),  # 96 columns are not whole blocks of llama.cpp
     ("ternary_g32", {"transformers", "vLLM"}), ("ternary_mean_g32", set()), ("nf4_g32", set()),
 ])
 def test_the_doctor_knows_who_reads_them(name: str, readers: set[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.quant.allocate.menu import ENGINES
+from fewbits.quant.bitpack import pack_rows, pack_trits
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats import parse_format
 from fewbits.quant.formats.grid import E2M1, GridFormat
@@ -316,6 +317,21 @@ def test_torchao_writes_our_nvfp4() -> None:
 
 
 # -- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_packed_trits_by_hand() -> None:
+    five = torch.tensor([[1, -1, 0, 0, 1]])  # digits 2 0 1 1 2 in base 3 are 176, of which ggml stores 176 * 256 / 243
+    assert pack_trits((five + 1).to(torch.uint8)).tolist() == [[186]]
+    sixteen = torch.tensor([[1, -1, 0, 1, 0, 0, -1, 1, 1, 1, -1, -1, 0, 1, 0, -1]])
+    assert pack_rows((sixteen + 1).to(torch.uint8), 2).tolist() == [[0x190A8592]]
+    # a byte of TQ1_0 has the columns 32 apart, and one of TQ2_0 too, the first in its lowest bits
+    codes = torch.ones(1, 256, dtype=torch.uint8)
+    codes[0, :160:32] = (five[0] + 1).to(torch.uint8)
+    one = Segment(parse_format("ternary_g256"), codes, {"scale": torch.ones(1, 1).half()})
+    integers = as_integers(QuantizedTensor((1, 256), (one,)))
+    for ternary, first in ((True, 186), (False, 0b01_01_10_00)):  # TQ2_0 counts downwards, under the scale -1
+        kind = block_type(integers.segments[0].format, 256, ternary=ternary)
+        assert not isinstance(kind, str) and int(to_blocks("w", integers, kind)[0][0, 0]) == first
 
 
 def test_mxfp4_by_hand() -> None:
