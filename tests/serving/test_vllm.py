@@ -272,6 +272,10 @@ CHECKPOINTS = {
     "codebooks": ("llama", {f"{_ATTN}.q_proj": "had:vq8_v4", f"{_ATTN}.k_proj": "vq8x2_v8", f"{_ATTN}.v_proj": "pq8_v8",
                             "model.layers.1.mlp.down_proj": "lrvq8_v4_d3", "model.layers.0.mlp.up_proj": "lr4:int3_g32",
                             "model.layers.1.self_attn.o_proj": "lr4:had:vq9_v4"}),
+    "scalars": ("llama", {f"{_ATTN}.q_proj": "ternary_row_b3", f"{_ATTN}.k_proj": "nf4_g32", f"{_ATTN}.v_proj": "nvfp4",
+                          "model.layers.1.mlp.down_proj": "bitmod3_g32", "model.layers.0.mlp.up_proj": "scl:fdb_g32",
+                          "model.layers.1.self_attn.o_proj": "had:binary2_row", "model.layers.1.mlp.gate_proj": "mxfp4",
+                          "model.layers.1.mlp.up_proj": "mxfp4", "model.layers.0.self_attn.o_proj": "had:fairy2"}),
 }
 
 
