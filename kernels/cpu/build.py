@@ -66,6 +66,10 @@ LIBRARIES = {
     "pyramid": Library("pyramid vectors are searched for in plain torch, many times slower", {
         "fewbits_pyramid": [_POINTER, _POINTER, _LONG, _INT, _INT],
     }),
+    "grid_loss": Library("scales of tables are searched for in plain torch, many times slower", {
+        "fewbits_grid_loss": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG,
+                              _INT],
+    }),
     "trellis_matmul": Library("layers of trellis codes run in plain torch, many times slower", {
         "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
         "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],

@@ -1,4 +1,4 @@
-"""The compiled searches of vector codes behind torch tensors; see ``quant/beam.py`` and ``quant/formats/pvq.py``."""
+"""The compiled searches behind torch tensors; see ``quant/beam.py``, ``quant/formats/pvq.py`` and ``grid.py``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,33 @@ def has_beam() -> bool:
 def has_pyramid() -> bool:
     """Whether the compiled projection is there; compiles it the first time."""
     return load("pyramid") is not None
+
+
+def has_grid_loss() -> bool:
+    """Whether the compiled losses of tables are there; compiles them the first time."""
+    return load("grid_loss") is not None
+
+
+def grid_loss(
+    weight: Tensor, importance: Tensor, unit: Tensor, kind: Tensor, values: Tensor, middles: Tensor
+) -> Tensor:
+    """Weighed squared errors ``(groups,)`` of ``weight (groups, g)`` at the nearest values of each group's table.
+
+    All float32 and contiguous, but ``kind``. Runs in one thread.
+
+    Args:
+        importance: ``(period, g)``, for every ``period`` groups again.
+        unit: ``(groups,)``, what values are multiplied by.
+        kind: ``(groups,)`` uint8, which table.
+        values, middles: ``(kinds, n)`` and ``(kinds, n - 1)`` in rising order, n up to 16.
+    """
+    library = load("grid_loss")
+    assert library is not None, "ask has_grid_loss() first"
+    loss = torch.empty(len(weight), dtype=torch.float32)
+    library.fewbits_grid_loss(
+        weight.data_ptr(), importance.data_ptr(), unit.data_ptr(), kind.data_ptr(), values.data_ptr(),
+        middles.data_ptr(), loss.data_ptr(), len(weight), weight.shape[1], len(importance), values.shape[1])
+    return loss
 
 
 def beam(vectors: Tensor, books: Tensor, norms: Tensor, products: Tensor, stages: int, width: int) -> Tensor:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.kernels.cpu import search as compiled
 from fewbits.quant.bitpack import pack_rows, packed_words, unpack_rows
 from fewbits.quant.errors import FormatError
 from fewbits.quant.formats.scalar import ScalarFormat, group_name, storable
@@ -262,11 +263,14 @@ class _Best:
     """The best parameters so far of groups ``weight (..., g)``."""
 
     def __init__(self, weight: Tensor, importance: Tensor, fmt: GridFormat, fixed: Params) -> None:
-        self._weight, self._importance = weight.contiguous(), importance
+        self._weight, self._importance = weight.contiguous(), importance.contiguous()
         self._format, self._fixed = fmt, fixed
         self._error = torch.full(weight.shape[:-1], torch.inf, device=weight.device)
         self._ideal = torch.ones_like(self._error)
         self._kind = torch.zeros(self._error.shape, dtype=torch.uint8, device=weight.device)
+        trailing = importance.shape == weight.shape[weight.ndim - importance.ndim :]  # no axis of 1 in the middle
+        plain = weight.device.type == "cpu" and weight.dtype == importance.dtype == torch.float32
+        self._compiled = trailing and plain and compiled.has_grid_loss()
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -304,15 +308,22 @@ class _Best:
 
     def _keep(self, ideal: Tensor, kind: Tensor) -> None:
         params = {"scale": self._format._as_stored(ideal, self._fixed), **self._fixed}
-        unit = self._format._unit(params)[..., None]
-        _, values, middles = _sorted_tables(self._format.family, unit.device)
-        own = kind.long()
-        rank = torch.searchsorted(middles[own] * unit, self._weight)
-        error = self._weight - (values[own] * unit).gather(-1, rank)
-        loss = torch.linalg.vecdot(error * self._importance, error)
+        loss = self._loss(self._format._unit(params), kind)
         better = loss < self._error
         self._error = loss.where(better, self._error)
         self._ideal, self._kind = ideal.where(better, self._ideal), kind.where(better, self._kind)
+
+    def _loss(self, unit: Tensor, kind: Tensor) -> Tensor:
+        _, values, middles = _sorted_tables(self._format.family, unit.device)
+        if self._compiled:
+            size = self._weight.shape[-1]
+            return compiled.grid_loss(
+                self._weight.view(-1, size), self._importance.view(-1, size), unit.flatten(), kind.flatten(), values,
+                middles).view(unit.shape)
+        own, unit = kind.long(), unit[..., None]
+        rank = torch.searchsorted(middles[own] * unit, self._weight)
+        error = self._weight - (values[own] * unit).gather(-1, rank)
+        return torch.linalg.vecdot(error * self._importance, error)
 
 
 @functools.cache
@@ -324,12 +335,12 @@ def tables(family: str, device: torch.device) -> Tensor:
 @functools.cache
 def _sorted_tables(family: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of every table, ``(types, n)``: codes in rising order of their values, the values, and where one gives way to the
-    next ``(types, n - 1)``. Tables with fewer values end in copies of their last that nothing comes to.
+    next ``(types, n - 1)``. Tables with fewer than 2^bits values end in copies of their last that nothing comes to.
 
     A value just between two belongs to the one of even code, as IEEE rounding has it for E2M1; -0 is not used.
     """
     rows = []
-    size = max(len(set(table)) for table in TABLES[family])
+    size = len(TABLES[family][0])
     for table in TABLES[family]:
         values = sorted(set(table))
         codes = [table.index(v) for v in values]
