@@ -147,9 +147,21 @@ INLINE void row_product(const Weight *w, const uint8_t *row, const float *units,
     f32v even[TOKENS], odd[TOKENS]; /* two sums, so that one need not wait for the other */
     for (int m = 0; m < tokens; m++) even[m] = odd[m] = (f32v){0};
     const long size = w->groups == 1 ? steps_of(w) : w->columns / w->groups / LANES;
-    const int single = w->terms == 1 && !kind; /* groups of 16 are many: what they share stays in a register */
+    const int single = w->terms == 1 && !kind; /* all groups share a table but for a factor */
     const f32v shared = *(const f32v *)w->book;
-    for (long g = 0, s = 0; g < w->groups; g++) {
+    long g = 0, s = 0;
+    if (single && size == 1) { /* then every step has a factor of its own */
+        for (; g + 2 <= w->groups; g += 2) {
+            const f32v a = look_up(shared, codes_at(row, g, bits)) * units[g];
+            const f32v b = look_up(shared, codes_at(row, g + 1, bits)) * units[g + 1];
+            for (int m = 0; m < tokens; m++) {
+                even[m] += a * *(const f32v *)(x + m * stride + g * LANES);
+                odd[m] += b * *(const f32v *)(x + m * stride + (g + 1) * LANES);
+            }
+        }
+        s = g;
+    }
+    for (; g < w->groups; g++) {
         f32v table;
         if (single) table = shared * units[g];
         else table = table_of(w, units, kind, g);
