@@ -31,7 +31,7 @@ from fewbits.cli.common import ProgressBars
 from fewbits.eval.perplexity import perplexity_of
 from fewbits.quant.training.ternary import Ternary, TernaryLinear, replace_linears, set_mix
 
-SCALES, HIDDEN, SEEDS, RATES = ["float", "absmean", "absmedian", "learned"], [32, 64], [0, 1, 2], [1e-2, 2e-2]
+SCALES, HIDDEN, SEEDS, RATES = ["float", "absmean", "absmedian", "learned"], [32, 64], [0, 1, 2], [2e-2]
 LAYERS, HEADS, ENTRIES = 3, 4, 512
 STEPS, WARM_UP, BATCH, LENGTH = 500, 40, 8, 128
 WINDOWS = 1000  # of LENGTH tokens of test

@@ -136,10 +136,12 @@ class GPTQ:
 
         books = fit_codebooks(weight, importance, layout)
         made = sweep(books)
-        hessian = stats.hessian if has_codebooks(layout) or self.rescale else torch.empty(0)
-        if hessian.numel():
-            hessian.diagonal().copy_(importance + damp * importance.mean())
+        if not (has_codebooks(layout) or self.rescale):
+            return made, facts
+        hessian = stats.hessian
+        hessian.diagonal().copy_(importance + damp * importance.mean())
         if has_codebooks(layout):
+
             def refit() -> Codebooks:
                 return refit_codebooks(made, lambda: (target for _, target in pairs()), hessian, books)
 
