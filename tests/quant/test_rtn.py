@@ -116,7 +116,8 @@ def test_contract(name: str) -> None:
     stats = LayerStats(x.T @ x, 200)
     xtx, weight = stats.xtx.clone(), weights(6, 32)
     before = weight.clone()
-    layout = parse_layout("int3_g16[16]+int4_sym_row[16]", 32)
+    mixed = "ternary_g16[16]+ternary_row[16]" if name == "bitnet" else "int3_g16[16]+int4_sym_row[16]"
+    layout = parse_layout(mixed, 32)
     first, facts = quantizer.quantize(weight, stats, layout, seed=1)
     again, _ = quantizer.quantize(weight, stats, layout, seed=1)
     assert first.layout == layout and first.shape == (6, 32)
@@ -125,6 +126,6 @@ def test_contract(name: str) -> None:
     assert torch.equal(weight, before) and torch.equal(stats.xtx, xtx)
     assert all(isinstance(v, float) for v in facts.values())
     relative = float((first.dequantize() - weight).square().sum() / weight.square().sum())
-    assert relative < 0.2
+    assert relative < (0.4 if name == "bitnet" else 0.2)
     if not quantizer.needs_stats:
         quantizer.quantize(weight, None, layout)

@@ -253,7 +253,7 @@ def test_from_a_recipe_to_logits(tiny, tmp_path: Path) -> None:
     again = fewbits.load(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, packed(ids).logits)
-    with pytest.raises(FormatError, match="takes integers in the weight's own basis; got trellis3"):
+    with pytest.raises(FormatError, match="takes codes of the weight in its own basis; got trellis3"):
         fewbits.export(tmp_path / "q", tmp_path / "e", to="compressed-tensors")
     verdicts = {v.engine: v for v in diagnose(tmp_path / "q").engines}
     assert "cpu_trellis_gemv" in verdicts["transformers with fewbits"].kernel or not compiled.available()
@@ -289,7 +289,7 @@ def test_it_is_a_candidate_for_a_budget(tiny, tmp_path: Path) -> None:
     ({"rules": [{"match": "model.embed_tokens", "format": "trellis2"}]}, "an embedding is looked up row by row"),
     ({"budget.bpw": 3.0, "allocate.formats": ["trellis2", "int4"], "allocate.target": "vllm"}, "vllm does not read"),
     ({"budget.bpw": 3.0, "allocate.formats": ["trellis2"], "allocate.unit": "columns", "allocate.column_group": 32,
-      "allocate.rivals": []}, "a rotation leaves no columns that matter more than others"),
+      "allocate.rivals": []}, "scales or a rotation leave no columns that matter more than others"),
 ])
 def test_what_cannot_be_is_refused(tiny, tmp_path: Path, settings: dict[str, Any], match: str) -> None:
     recipe = "auto" if "budget.bpw" in settings else "trellis"
