@@ -64,6 +64,11 @@ class CalibrationSet:
         named = f"{source}: {len(images)} rows with images"
         return replace(self, fingerprint=both, sources=[*self.sources, named], images=images)
 
+    def first(self, n: int) -> CalibrationSet:
+        """The first ``n`` rows of text, those with images as they are."""
+        tokens, mask = self.tokens[:n], self.mask[:n]
+        return replace(self, tokens=tokens, mask=mask, fingerprint=fingerprint(tokens, mask))
+
     def hold_out(self, n: int) -> tuple[CalibrationSet, list[Tensor]]:
         """Some rows less, evenly spaced, and those rows ``(tokens,)``; for a text that has no others to judge by."""
         spaced = ((torch.arange(n) + 0.5) * len(self.tokens) / n).long()

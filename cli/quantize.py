@@ -15,7 +15,6 @@ from fewbits.cli.common import (
     ProgressBars,
     ThreadsOption,
     examples,
-    not_built,
     report_to,
     say,
 )
@@ -50,11 +49,11 @@ EPILOG = examples(
     "fewbits quantize ./model -o ./model-w4",
     "fewbits quantize HuggingFaceTB/SmolLM2-135M -o out --recipe gptq --bits 3 --group-size 64",
     "fewbits quantize model.gguf -o out --calib notes.txt chats.jsonl --samples 256 --max-kl 0.15 --json report.json",
+    "fewbits quantize ./model -o out --recipe best-2bit --effort fast",
     "fewbits quantize ./model -o out --bpw 3.1",
     "fewbits quantize ./model -o out --fits-in 8GB --ctx 8192",
     "fewbits quantize ./model -o out --set quantizer.damp=0.05 calibration.skip_tokens=1",
 )
-_LATER = "Not built yet: refused."
 
 
 def quantize(
@@ -92,12 +91,11 @@ def quantize(
         Path | None, typer.Option("--plan", metavar="FILE", help="Carry out a plan that 'fewbits plan' wrote.")
     ] = None,
     measured: MeasuredOption = None,
-    effort: Annotated[str | None, typer.Option("--effort", metavar="E", help=_LATER)] = None,
+    effort: Annotated[str | None, typer.Option(
+        "--effort", metavar="E", help="What the recipe's refiners may spend: fast, normal or best.")] = None,
     json: JsonOption = None,
 ) -> None:
     """Quantize a model and write a checkpoint that transformers loads (after ``import fewbits``)."""
-    if effort is not None:
-        raise not_built("--effort")
     budget = budget_settings(bpw=bpw, bpw_total=bpw_total, size=size, fits_in=fits_in, ctx=ctx, batch=batch,
                              formats=formats, target=target)
     if plan is not None and budget.keys() - {"allocate.target"}:
@@ -112,12 +110,15 @@ def quantize(
             result = run(
                 model, out, recipe=name, overrides=overrides | budget, plan=plan, measured=read_points(measured),
                 stats=stats, device=device, threads=threads, seed=seed, resume=resume, force=force, max_kl=max_kl,
-                progress=progress,
+                effort=effort, progress=progress,
             )
         except QualityGateError as missed:
             report(missed.report.to_json())
             raise
         report(result.to_json())
+    for refined in result.refined:
+        say(f"{refined['refiner']}: {refined['before']:.4f} to {refined['after']:.4f} nats on held-out text, in "
+            f"{refined['seconds']:.0f} s")
     for warning in result.warnings:
         say(f"warning: {warning}")
     say(

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -118,7 +119,8 @@ class CheckpointWriter:
 
     def _clear(self) -> None:
         """Remove what an earlier run of ours wrote, and nothing else."""
-        for path in [*self.out.glob("fewbits-*.safetensors"), self.out / INDEX, *self._work.glob("*.json")]:
+        for path in [*self.out.glob("fewbits-*.safetensors"), self.out / INDEX, *self._work.glob("*.json"),
+                     *self._work.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
 
     def path(self, index: int) -> Path:
@@ -152,6 +154,10 @@ class CheckpointWriter:
                 temp.unlink(missing_ok=True)
                 raise
 
+    def keeper(self, name: str) -> StateFile:
+        """Where what runs over the whole checkpoint keeps its state until the run is done."""
+        return StateFile(self._work / f"{name}.safetensors", self.out)
+
     def hashes(self) -> dict[str, str]:
         """sha256 of every shard."""
         return {p.name: sha256_file(p) for p in map(self.path, range(self.total))}
@@ -183,6 +189,30 @@ class CheckpointWriter:
         """Release the directory; an unfinished run stays resumable."""
         if self._lock_file is not None:
             self._lock_file.close()
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Tensors that are either absent (or as before) or whole."""
+
+    path: Path
+    out: Path
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What was saved; None where nothing was. Raises CheckpointError when the file is damaged."""
+        return read_shard(self.path) if self.path.exists() else None
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError: the disk is full or cannot be written."""
+        temp = self.path.with_suffix(".tmp")
+        with disk_errors(self.out):
+            try:
+                save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()},
+                          temp)
+                _sync_and_rename(temp, self.path)
+            except BaseException:
+                temp.unlink(missing_ok=True)
+                raise
 
 
 def file_sizes(shards: Iterable[Mapping[str, tuple[tuple[int, ...], torch.dtype]]]) -> list[int]:

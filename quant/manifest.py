@@ -20,7 +20,8 @@ from fewbits.quant.source import Source
 
 
 def run_identity(
-    source: Source, recipe: Recipe, text: CalibrationSet | None, *, seed: int, device: str
+    source: Source, recipe: Recipe, text: CalibrationSet | None, *, seed: int, device: str,
+    tuning: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result. Two runs with equal identities write equal files."""
     return {
@@ -30,6 +31,7 @@ def run_identity(
         "calibration": None if text is None else {
             "fingerprint": text.fingerprint, "sources": text.sources, "rows": text.n_rows, "tokens": text.n_tokens,
         },
+        **({} if tuning is None else {"tuning": {"fingerprint": tuning.fingerprint, "rows": tuning.n_rows}}),
         "seed": seed,
         "device": device,
         "threads": torch.get_num_threads(),
@@ -61,7 +63,7 @@ def cpu_kind() -> str:
 
 def checkpoint_files(
     source: Source, recipe: Recipe, assignment: Assignment, facts: list[dict[str, Any]], run: Mapping[str, Any],
-    shards: Mapping[str, str],
+    shards: Mapping[str, str], refined: list[dict[str, Any]],
 ) -> dict[str, str]:
     """Name -> text of every file of ours beside the shards and their index."""
     config = copy.deepcopy(source.config)
@@ -74,6 +76,6 @@ def checkpoint_files(
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "recipe.toml": recipe.to_toml(),
-        "plan.json": plan_json(recipe, facts),
+        "plan.json": plan_json(recipe, facts, refined),
         "fewbits.lock": json.dumps(lock, indent=1, sort_keys=True) + "\n",
     }

@@ -33,9 +33,10 @@ from fewbits.quant.checkpoint import CheckpointWriter, disk_errors, file_sizes
 from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
-from fewbits.quant.prepare import load_text
+from fewbits.quant.prepare import apart, load_text
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
+from fewbits.quant.refiners.run import refine_model
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
 from fewbits.quant.step import quantize_step
 from fewbits.quant.targets import find_targets
@@ -55,7 +56,8 @@ class QuantizeReport:
         bits_per_weight_total: over everything stored, embeddings and head included.
         bytes: size of the weight files.
         measured: KL to the original on held-out text (``kl_mean``, ``kl_stderr``, nats per token), where asked for.
-        worst: the five tensors with the largest relative proxy loss.
+        worst: the five tensors with the largest relative proxy loss, before any refiner.
+        refined: what each refiner did: loss on held-out rows before and after, seconds, and the curve.
         warnings: what the calibration lint found.
     """
 
@@ -63,6 +65,7 @@ class QuantizeReport:
     seconds: float = 0.0
     seconds_calibration: float = 0.0
     seconds_quantization: float = 0.0
+    seconds_refining: float = 0.0
     cpu_seconds: float = 0.0
     peak_rss_bytes: int = 0
     bits_per_weight: float = 0.0
@@ -71,6 +74,7 @@ class QuantizeReport:
     predicted: dict[str, Any] | None = None
     measured: dict[str, Any] | None = None
     worst: list[str] = field(default_factory=list)
+    refined: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,12 +85,19 @@ class QuantizeReport:
 class _Clock:
     calibration: float = 0.0
     quantization: float = 0.0
+    refinement: float = 0.0
 
     @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
         start = time.monotonic()
         yield
         self.calibration += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def refining(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.refinement += time.monotonic() - start
 
     @contextlib.contextmanager
     def quantizing(self) -> Iterator[None]:
@@ -123,6 +134,7 @@ def quantize(
     max_kl: float | None = None,
     plan: str | Path | None = None,
     measured: Sequence[tuple[float, float]] = (),
+    effort: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize a model and write a fewbits checkpoint.
@@ -142,6 +154,7 @@ def quantize(
         max_kl: quality gate: nats per token to the original on held-out calibration text.
         plan: a plan file to carry out, in place of what the recipe's budget would lead to.
         measured: ``(damage, measured KL)`` of earlier runs on this model, which sharpen the prediction.
+        effort: fast, normal or best: what the recipe's refiners may spend; None: what the recipe says.
         progress: called as work is done.
 
     Raises:
@@ -157,9 +170,11 @@ def quantize(
     if not isinstance(recipe, Recipe):
         forced = {"calibration.inputs": "original", "calibration.true_sequential": False} if stats else {}
         recipe = load_recipe(recipe, {**(overrides or {}), **forced})
+    if effort is not None:
+        recipe = recipe.with_effort(effort)
     source = open_source(model)
     require_dense(source)
-    quantizer = recipe.make_quantizer()
+    quantizer, refiners = recipe.make_quantizer(), recipe.make_refiners()
     require_consistent(recipe)
     _check_arguments(source, Path(out), seed, max_kl)
     recipe = recipe.for_device(where := choose_device(device))
@@ -168,11 +183,12 @@ def quantize(
         recipe = read_plan(Path(plan), recipe, streamed)
     planner = Planner(streamed, recipe, seed=seed, progress=progress) if recipe.needs_plan else None
     judged = max_kl is not None or bool(recipe.budget.given)
-    text = held_out = None
+    text = held_out = tuning = None
     needs_stats = quantizer.needs_stats or recipe.sorts_columns
-    if needs_stats or judged or (planner and planner.needs_text):
+    if needs_stats or judged or refiners or (planner and planner.needs_text):
         text, held_out = load_text(recipe, streamed, seed, held_out=judged)
-    run = run_identity(source, recipe, text if needs_stats else None, seed=seed, device=device)
+        text, tuning = apart(text, recipe)
+    run = run_identity(source, recipe, text if needs_stats else None, seed=seed, device=device, tuning=tuning)
     kept = StoredStats(Path(stats), stats_identity(source, recipe, text)) if stats and text else None
     if planner is not None:
         known = _known_allocation(Path(out), run) if resume else None
@@ -202,10 +218,17 @@ def quantize(
             _quantize_blocks(job, collector, progress)
             _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
+        if refiners:
+            assert tuning is not None
+            with clock.refining():
+                made = refine_model(streamed, assignment, writer, refiners, text_rows(tuning, tuning.n_rows),
+                                    seed=seed, progress=progress)
+            report.refined = [r.to_json() for r in made]
+            report.warnings += [r.warning for r in made if r.warning]
         if stored:
             stored.finish()
         facts = [f for i in range(writer.total) for f in writer.facts(i)]
-        files = checkpoint_files(source, recipe, assignment, facts, run, writer.hashes())
+        files = checkpoint_files(source, recipe, assignment, facts, run, writer.hashes(), report.refined)
         report.bytes = writer.finish(files, source.extra_files(), source.path)
     finally:
         writer.close()
@@ -213,6 +236,7 @@ def quantize(
     report.bits_per_weight, report.bits_per_weight_total = totals(facts)
     report.worst = [f["name"] for f in sorted(facts, key=lambda f: -f.get("relative_loss", 0))[:5]]
     report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
+    report.seconds_refining = clock.refinement
     try:
         if judged:
             _judge(report, source, held_out, max_kl, device, progress)

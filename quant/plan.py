@@ -219,9 +219,10 @@ def quantization_config(facts: Iterable[Mapping[str, Any]], assignment: Assignme
     }
 
 
-def plan_json(recipe: Recipe, facts: list[dict[str, Any]]) -> str:
-    """plan.json: every tensor, its format and what it cost; made to be read, diffed and edited."""
-    return json.dumps({"version": 1, "recipe": recipe.name, "tensors": facts}, indent=1) + "\n"
+def plan_json(recipe: Recipe, facts: list[dict[str, Any]], refined: list[dict[str, Any]]) -> str:
+    """plan.json: every tensor, its format and what it cost; to be read, diffed and edited; and what refiners did."""
+    plan = {"version": 1, "recipe": recipe.name, "tensors": facts} | ({"refined": refined} if refined else {})
+    return json.dumps(plan, indent=1) + "\n"
 
 
 def totals(facts: Iterable[Mapping[str, Any]]) -> tuple[float, float]:

@@ -55,7 +55,7 @@ def load_text(
         )
 
     images = load_image_rows(recipe, streamed, seed)
-    samples = want.samples - (len(images) if images else 0)
+    samples = max(want.samples - (len(images) if images else 0), rows_to_tune(recipe))
 
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)
@@ -80,6 +80,18 @@ def load_text(
     elif held_out:
         held = _others(text, rows(samples + 4 * HELD_OUT_ROWS))
     return _mixed(text, images, recipe, streamed), held
+
+
+def rows_to_tune(recipe: Recipe) -> int:
+    """Rows of text that the refiners want, those included that they hold out."""
+    return max((r.samples + r.held_out for r in recipe.make_refiners().values()), default=0)
+
+
+def apart(text: CalibrationSet, recipe: Recipe) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """What statistics are taken of, and what refiners tune on: the first are among the second."""
+    if not recipe.refine:
+        return text, None
+    return text.first(min(len(text.tokens), recipe.calibration.samples)), replace(text, images=None)
 
 
 def load_image_rows(recipe: Recipe, streamed: StreamedModel, seed: int) -> ImageRows | None:

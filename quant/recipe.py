@@ -29,6 +29,7 @@ from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.formats.trellis import DEFAULT_STATE_BITS, HALF_BITS, trellis_layout
 from fewbits.quant.formats.vq import LowRankVQFormat, VQFormat
 from fewbits.quant.quantizers import QUANTIZERS
+from fewbits.quant.refiners import EFFORTS, REFINERS, Refiner
 from fewbits.quant.types import Format, Layout, Quantizer
 
 if sys.version_info >= (3, 11):
@@ -223,6 +224,7 @@ class Recipe(_Table):
         plan: layouts by exact name, as an allocation made them; what is not named stays dense. Wins over all else.
         keep: glob patterns of linears that stay dense, e.g. ``*.down_proj``.
         rules: formats for tensors by name, first match wins; may also name ``lm_head`` or an embedding.
+        refine: refiners by name, in the order in which they run, each with its options.
         lm_head, embeddings: quantize them too, with the recipe's format (off by default).
     """
 
@@ -236,6 +238,7 @@ class Recipe(_Table):
     budget: Budget = Budget()
     allocate: Allocate = Allocate()
     plan: dict[str, str] = {}
+    refine: dict[str, dict[str, Any]] = {}
     lm_head: bool = False
     embeddings: bool = False
 
@@ -245,18 +248,35 @@ class Recipe(_Table):
         name = options.pop("name", None)
         if name not in QUANTIZERS:
             raise RecipeError(f"quantizer.name: got {name!r}, {nearest(str(name), list(QUANTIZERS))}")
-        cls = QUANTIZERS[name]
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                raise RecipeError(f"quantizer.{key}: {name} has no such option; {nearest(key, known)}")
-        try:
-            adapter: pydantic.TypeAdapter[Quantizer] = pydantic.TypeAdapter(cls)
-            # as JSON, because strict Python input would have to be an instance already
-            made = adapter.validate_json(json.dumps(options, default=str), strict=True)
-        except pydantic.ValidationError as error:
-            raise _readable(error, "quantizer.") from error
-        return made
+        return _made(QUANTIZERS[name], name, options, "quantizer.")
+
+    def make_refiners(self) -> dict[str, Refiner]:
+        """The refiners with their options; raises RecipeError for an unknown one or a bad value."""
+        out = {}
+        for name, options in self.refine.items():
+            if name not in REFINERS:
+                raise RecipeError(f"refine.{name}: {nearest(name, list(REFINERS))}")
+            out[name] = _made(REFINERS[name], name, options, f"refine.{name}.")
+        stages = [r.stage for r in out.values()]
+        if stages != sorted(stages):  # "block" comes before "model"
+            raise RecipeError(f"refine: got {', '.join(out)}, needed those that tune one block before those that tune "
+                              "the whole model; change their order")
+        return out
+
+    def with_effort(self, effort: str) -> Recipe:
+        """The recipe with the refiners' budget raised or lowered.
+
+        Raises:
+            RecipeError: no such effort, or a recipe without refiners.
+        """
+        if effort not in EFFORTS:
+            raise RecipeError(f"--effort: got {effort!r}, {nearest(effort, list(EFFORTS))}")
+        refiners = self.make_refiners()
+        if not refiners:
+            raise RecipeError(f"--effort: recipe {self.name} refines nothing, so there is nothing to spend it on; use "
+                              "best-4bit, best-3bit or best-2bit, or give the recipe a table [refine.pv]")
+        refine = {name: asdict(r.with_effort(effort)) for name, r in refiners.items()}
+        return self.model_copy(update={"refine": refine})
 
     def layout_for(self, name: str, columns: int, *, kind: str, is_head: bool) -> Layout | None:
         """The layout of a tensor, or None where it stays dense.
@@ -322,7 +342,7 @@ class Recipe(_Table):
     @property
     def fingerprint(self) -> str:
         """sha256 of everything in the recipe that can change a number."""
-        data = self.model_dump(exclude={"name", "description"})
+        data = self.model_dump(exclude={"name", "description"}) | {"refine_order": list(self.refine)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -393,7 +413,8 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     except pydantic.ValidationError as error:
         raise _readable(error, "") from error
     options = asdict(recipe.make_quantizer())  # type: ignore[call-overload]
-    recipe = recipe.model_copy(update={"quantizer": {"name": recipe.quantizer["name"], **options}})
+    refine = {name: asdict(refiner) for name, refiner in recipe.make_refiners().items()}
+    recipe = recipe.model_copy(update={"quantizer": {"name": recipe.quantizer["name"], **options}, "refine": refine})
     for rule in recipe.rules:
         if rule.format != "keep":
             parse_format(rule.format)
@@ -407,6 +428,19 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
 
 _ANY_COLUMNS = 1 << 13
 """K of a tensor that any layout without column counts fits, to check its name by."""
+
+
+def _made(cls: type, name: str, options: Mapping[str, Any], path: str) -> Any:
+    """The frozen dataclass ``cls`` with ``options``; raises RecipeError for an unknown one or a bad value."""
+    known = [f.name for f in fields(cls)]
+    for key in options:
+        if key not in known:
+            raise RecipeError(f"{path}{key}: {name} has no such option; {nearest(key, known)}")
+    try:
+        # as JSON, because strict Python input would have to be an instance already
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(options, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        raise _readable(error, path) from error
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -355,7 +355,10 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--plan", "p.json", "--bpw", "4"], "--plan: got a budget"),
     (["--measured", "p.json"], "--measured p.json: is not the report"),
     (["--target", "vllm"], "vllm does not read int4_g"), (["--target", "tgi"], "allocate.target: got 'tgi'"),
-    (["--effort", "best"], "--effort: is not built yet"),
+    (["--effort", "best"], "--effort: recipe gptq refines nothing"),
+    (["--recipe", "best-2bit", "--effort", "bset"], "--effort: got 'bset'"),
+    (["--set", "refine.pvv.rate=1"], "refine.pvv"), (["--set", "refine.pv.rte=1"], "refine.pv.rte"),
+    (["--set", "refine.pv.rate=-1"], "refine.pv.rate"),
     (["--bogus"], "--bogus"), (["extra"], "extra"),
 ]
 

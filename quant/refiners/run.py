@@ -1,0 +1,165 @@
+"""Refining a checkpoint that is quantized: read it, tune it as a whole, write the shards anew.
+
+What is under way is kept in the folder of the run, so that it can be resumed; a shard that is written anew replaces the
+one before it when it is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.calibration.stream import StreamedModel
+from fewbits.calibration.survey import dense_model
+from fewbits.quant.checkpoint import CheckpointWriter
+from fewbits.quant.plan import Assignment
+from fewbits.quant.refiners.distill import Distill
+from fewbits.quant.refiners.whole import HiddenStates, Progress, Whole, finished, teacher_states, tune
+from fewbits.quant.targets import read_weight
+from fewbits.quant.types import QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Refined:
+    """What a refiner did.
+
+    Attributes:
+        before, after: its loss on held-out rows, nats per token.
+        curve: ``(step, loss of the batch, loss on held-out rows or None)``.
+    """
+
+    name: str
+    before: float
+    after: float
+    seconds: float
+    curve: list[tuple[int, float, float | None]]
+
+    @property
+    def helped(self) -> bool:
+        return self.after < self.before
+
+    def to_json(self) -> dict[str, Any]:
+        return {"refiner": self.name, "before": self.before, "after": self.after, "helped": self.helped,
+                "seconds": self.seconds, "curve": self.curve}
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell where it did not help."""
+        if self.helped:
+            return None
+        return f"{self.name}: the loss on held-out text ({self.before:.4f} nats) did not fall; all was left as it was"
+
+
+def refine_model(
+    streamed: StreamedModel, assignment: Assignment, writer: CheckpointWriter, refiners: Mapping[str, Distill],
+    rows: Sequence[Tensor], *, seed: int, progress: Progress,
+) -> list[Refined]:
+    """Run the refiners of a whole model over the checkpoint in ``writer``, one after the other.
+
+    Args:
+        rows: token ids ``(L,)``, enough for the refiner that wants most: rows to tune on first, then held-out ones.
+    """
+    stored = Stored(streamed, assignment, writer)
+    teacher: Teacher | None = None
+    out = []
+    for name, refiner in refiners.items():
+        started = time.monotonic()
+        keeper = writer.keeper(name)
+        n = min(refiner.samples, max(1, len(rows) - refiner.held_out))
+        own, held = range(n), range(max(n, len(rows) - refiner.held_out), len(rows))
+        if (done := finished(keeper, stored.tensors)) is None:
+            teacher = teacher or Teacher(streamed, rows, progress)
+            whole = Whole(teacher.student(stored), streamed.targets, stored.tensors if refiner.weights else {},
+                          codes=refiner.moves_codes, norms=stored.norms)
+            done = tune(whole, teacher.rows(own), teacher.rows(held), teacher.states(own), teacher.states(held),
+                        refiner.schedule(), seed=seed, keeper=keeper, progress=progress, title=f"Refining: {name}")
+        tuned, tensors, norms = done
+        stored.tensors |= tensors
+        stored.norms |= norms
+        curve = [(i, loss, None if seen != seen else seen) for i, loss, seen in tuned.curve]
+        out.append(Refined(name, tuned.before, tuned.after, time.monotonic() - started, curve))
+    if any(r.helped for r in out):
+        stored.write([r.name for r in out if r.helped])
+    return out
+
+
+class Stored:
+    """What a finished run of the quantizer left in its shards.
+
+    Attributes:
+        tensors: of the decoder blocks, by target.
+        norms: dense parameters of one dimension, of the decoder: norms and biases.
+    """
+
+    def __init__(self, streamed: StreamedModel, assignment: Assignment, writer: CheckpointWriter) -> None:
+        self._streamed, self._assignment, self._writer = streamed, assignment, writer
+        self.tensors: dict[str, QuantizedTensor] = {}
+        self.outside: dict[str, QuantizedTensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        decoder = {id(p) for p in streamed.model.get_decoder().parameters()}
+        tunable = {n for n, p in streamed.model.named_parameters() if p.ndim == 1 and id(p) in decoder}
+        for i in range(writer.total):
+            shard = writer.read(i)
+            for name, layout in assignment.layouts.items():
+                if local := _of(name, shard):
+                    inside = streamed.block_index(name) is not None
+                    (self.tensors if inside else self.outside)[name] = QuantizedTensor.unpack(local, layout)
+            self.norms |= {n: t for n, t in shard.items() if n in tunable}
+
+    def write(self, refiners: list[str]) -> None:
+        """Write what is in ``tensors`` and ``norms`` now."""
+        for i in range(self._writer.total):
+            shard = self._writer.read(i)
+            names = {n for n in self.tensors if _of(n, shard)}
+            new = shard | self._assignment.pack({n: self.tensors[n] for n in names})
+            new |= {n: t for n, t in self.norms.items() if n in shard}
+            facts = self._writer.facts(i)
+            for fact in facts:
+                if fact["name"] in names or fact["name"] in self.norms:
+                    fact["refined"] = refiners
+            self._writer.write(i, new, facts)
+
+
+def _of(name: str, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are stored of a target, by local name."""
+    prefix = name + "."
+    local = {k[len(prefix):]: v for k, v in shard.items() if k.startswith(prefix)}
+    return local if "weight_shape" in local else {}
+
+
+class Teacher:
+    """The original model, and what its decoder makes of the rows."""
+
+    def __init__(self, streamed: StreamedModel, rows: Sequence[Tensor], progress: Progress) -> None:
+        self._streamed = streamed
+        self._rows = [row[None] for row in rows]
+        self._model = dense_model(streamed, streamed.dtype)
+        self._states = teacher_states(self._model, self._rows, progress)
+
+    def rows(self, which: range) -> list[Tensor]:
+        return [self._rows[i] for i in which]
+
+    def states(self, which: range) -> HiddenStates:
+        return HiddenStates([self._states[i] for i in which], 2 << 30, None)
+
+    @torch.no_grad()
+    def student(self, stored: Stored) -> Any:
+        """The model with the original's weights, but for what is quantized and for the norms.
+
+        The teacher's own: its states are known, so that only one model is in memory.
+        """
+        model = dense_model(self._streamed, self._streamed.dtype) if self._model is None else self._model
+        self._model = None
+        for name, tensor in (stored.outside | stored.tensors).items():
+            read_weight(model, self._streamed.targets[name]).copy_(tensor.dequantize())
+        for name, value in stored.norms.items():
+            model.get_parameter(name).detach().copy_(value)
+        return model
