@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,21 @@ def require_consistent(recipe: Recipe) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a block is tuned on, batch by batch.
+
+    Attributes:
+        inputs: hidden states ``(B, L, d)`` that the quantized blocks before it give.
+        targets: what the original block gives on the original's own inputs.
+        calls: what the block is called with beside them.
+    """
+
+    inputs: HiddenStates
+    targets: HiddenStates
+    calls: list[Call]
+
+
 class Collector:
     """Feeds calibration text through the blocks and gathers what the quantizer needs.
 
@@ -69,6 +85,7 @@ class Collector:
         wanted: names of the targets that will be quantized.
         text: calibration rows, or None when the quantizer needs no statistics.
         stored: statistics of the original model kept on disk for several recipes, or None.
+        reference: whether to follow the original model too, for what its blocks give on its own inputs.
 
     Raises:
         CalibrationError: settings that contradict each other.
@@ -76,7 +93,7 @@ class Collector:
 
     def __init__(
         self, streamed: StreamedModel, recipe: Recipe, wanted: Iterable[str], text: CalibrationSet | None,
-        stored: StoredStats | None = None,
+        stored: StoredStats | None = None, *, reference: bool = False,
     ) -> None:
         require_consistent(recipe)
         self.streamed, self.settings, self.wanted = streamed, recipe.calibration, set(wanted)
@@ -90,6 +107,8 @@ class Collector:
         self._moved = -1
         self._paused: list[tuple[PausedPass, PausedPass | None]] | None = None
         self._twin: tuple[int, nn.Module] | None = None
+        self._taught: HiddenStates | None = None
+        self._original = self._reference = None
         if not self.runs:
             return
         assert text is not None
@@ -97,6 +116,7 @@ class Collector:
             hidden, self._calls = streamed.first_inputs(model_inputs(text))
         self._hidden = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None)
         self._original = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None) if self._qep else None
+        self._reference = HiddenStates(hidden, HIDDEN_LIMIT_BYTES, None) if reference else None
         if self._hidden.spilled:
             log.info("hidden states exceed %d MB and are kept on disk", HIDDEN_LIMIT_BYTES >> 20)
 
@@ -231,8 +251,24 @@ class Collector:
         for name, tensor in tensors.items():
             block.install(name, tensor.dequantize())
 
+    def lesson(self, block: Block) -> Lesson:
+        """What the quantized block reads, and what the original one gives on inputs of its own."""
+        assert self._reference is not None
+        self.close()  # passes that are open have gone through weights that will change
+        return Lesson(self._hidden, self._targets(block), [self._call(i, block) for i in range(len(self._hidden))])
+
+    def _targets(self, block: Block) -> HiddenStates:
+        assert self._reference is not None
+        if self._taught is None:
+            twin = self._twin_of(block)
+            out = [block.run(self._reference[i], self._call(i, block), twin) for i in range(len(self._reference))]
+            self._taught = HiddenStates(out, HIDDEN_LIMIT_BYTES, None)
+        return self._taught
+
     def advance(self, block: Block) -> None:
         """Move the hidden states past a block."""
+        if self._reference is not None:
+            self._reference, self._taught = self._targets(block), None
         if not self.runs or self._moved == block.index:
             return
         twin = self._twin_of(block)
@@ -254,7 +290,7 @@ class Collector:
 
     def _twin_of(self, block: Block) -> nn.Module | None:
         """The block with its original weights, kept beside the quantized one for QEP."""
-        if self._original is None:
+        if self._original is None and self._reference is None:
             return None
         if self._twin is None or self._twin[0] != block.index:
             self._twin = block.index, block.original()

@@ -36,7 +36,9 @@ from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
 from fewbits.quant.prepare import apart, load_text
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
-from fewbits.quant.refiners.run import refine_model
+from fewbits.quant.refiners.block import BlockRefiner
+from fewbits.quant.refiners.distill import Distill
+from fewbits.quant.refiners.run import of_blocks, refine_in_block, refine_model
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
 from fewbits.quant.step import quantize_step
 from fewbits.quant.targets import find_targets
@@ -117,6 +119,7 @@ class _Job:
     seed: int
     clock: _Clock
     curvature: Mapping[str, Tensor]
+    refiners: Mapping[str, BlockRefiner]
 
 
 def quantize(
@@ -209,22 +212,25 @@ def quantize(
     try:
         with clock.calibrating():
             curvature = _curvature(streamed, recipe, assignment, text, seed, progress)
-        job = _Job(streamed, assignment, quantizer, writer, seed, clock, curvature)
+        in_blocks = {n: r for n, r in refiners.items() if isinstance(r, BlockRefiner)}
+        job = _Job(streamed, assignment, quantizer, writer, seed, clock, curvature, in_blocks)
         with clock.calibrating():
             collector = Collector(
-                streamed, recipe, assignment.layouts, text if needs_stats else None, stored
+                streamed, recipe, assignment.layouts, text if needs_stats or in_blocks else None, stored,
+                reference=bool(in_blocks),
             )
         with contextlib.closing(collector):
             _quantize_blocks(job, collector, progress)
             _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
-        if refiners:
+        made = of_blocks(in_blocks, writer)
+        if over_all := {n: r for n, r in refiners.items() if isinstance(r, Distill)}:
             assert tuning is not None
             with clock.refining():
-                made = refine_model(streamed, assignment, writer, refiners, text_rows(tuning, tuning.n_rows),
-                                    seed=seed, progress=progress)
-            report.refined = [r.to_json() for r in made]
-            report.warnings += [r.warning for r in made if r.warning]
+                made += refine_model(streamed, assignment, writer, over_all, text_rows(tuning, tuning.n_rows),
+                                     seed=seed, progress=progress)
+        report.refined = [r.to_json() for r in made]
+        report.warnings += [r.warning for r in made if r.warning]
         if stored:
             stored.finish()
         facts = [f for i in range(writer.total) for f in writer.facts(i)]
@@ -292,6 +298,9 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 collector.install(block, made)
                 tensors |= made
                 facts += made_facts
+            if job.refiners:
+                with job.clock.refining():
+                    tensors = refine_in_block(job.refiners, block, collector, tensors, facts, seed=job.seed)
             dense, dense_facts = job.assignment.dense(job.streamed, block)
             job.writer.write(shard, job.assignment.pack(tensors) | dense, facts + dense_facts)
         with job.clock.calibrating():

@@ -84,7 +84,7 @@ def load_text(
 
 def rows_to_tune(recipe: Recipe) -> int:
     """Rows of text that the refiners want, those included that they hold out."""
-    return max((r.samples + r.held_out for r in recipe.make_refiners().values()), default=0)
+    return max((r.samples + r.held_out for r in recipe.make_refiners().values() if r.stage == "model"), default=0)
 
 
 def apart(text: CalibrationSet, recipe: Recipe) -> tuple[CalibrationSet, CalibrationSet | None]:

@@ -8,15 +8,13 @@ in place of labels, and the P step of PV-Tuning (arXiv 2405.14852).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from fewbits.quant.refiners.effort import Effort
 from fewbits.quant.refiners.losses import Kind, Loss
 from fewbits.quant.refiners.whole import Schedule
-
-Effort = Literal["fast", "normal", "best"]
-EFFORTS: tuple[Effort, ...] = ("fast", "normal", "best")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbits.calibration.block import Block
+from fewbits.calibration.collect import Collector
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import dense_model
 from fewbits.quant.checkpoint import CheckpointWriter
 from fewbits.quant.plan import Assignment
+from fewbits.quant.refiners.block import BlockRefiner, refine_block
 from fewbits.quant.refiners.distill import Distill
 from fewbits.quant.refiners.whole import HiddenStates, Progress, Whole, finished, teacher_states, tune
 from fewbits.quant.targets import read_weight
@@ -32,8 +35,10 @@ class Refined:
     """What a refiner did.
 
     Attributes:
-        before, after: its loss on held-out rows, nats per token.
-        curve: ``(step, loss of the batch, loss on held-out rows or None)``.
+        before, after: its loss on held-out rows: nats per token, or of a refiner of blocks the squared error of their
+            outputs over the power of what they add, a mean over blocks.
+        curve: ``(step, loss of the batch, loss on held-out rows or None)``; of a refiner of blocks ``(block, before,
+            after)``.
     """
 
     name: str
@@ -55,7 +60,38 @@ class Refined:
         """What to tell where it did not help."""
         if self.helped:
             return None
-        return f"{self.name}: the loss on held-out text ({self.before:.4f} nats) did not fall; all was left as it was"
+        return f"{self.name}: the loss on held-out text ({self.before:.4f}) did not fall; all was left as it was"
+
+
+def refine_in_block(
+    refiners: Mapping[str, BlockRefiner], block: Block, collector: Collector, tensors: dict[str, QuantizedTensor],
+    facts: list[dict[str, Any]], *, seed: int,
+) -> dict[str, QuantizedTensor]:
+    """Run the refiners of a block, one after the other; says in ``facts`` what they did, installs what they made."""
+    lesson = collector.lesson(block)
+    for name, refiner in refiners.items():
+        started = time.monotonic()
+        tensors, before, after = refine_block(refiner, block, lesson, tensors, seed=seed)
+        record = {"refiner": name, "before": before, "after": after, "seconds": time.monotonic() - started}
+        facts[0].setdefault("block_refined", []).append(record)
+        if after < before:
+            for fact in facts:
+                fact.setdefault("refined", []).append(name)
+    collector.install(block, tensors)
+    return tensors
+
+
+def of_blocks(refiners: Mapping[str, BlockRefiner], writer: CheckpointWriter) -> list[Refined]:
+    """What refiners of blocks did, as the facts of the shards say: means over blocks, a point of the curve for each."""
+    records = [r for i in range(writer.total) for fact in writer.facts(i) for r in fact.get("block_refined", [])]
+    out = []
+    for name in refiners:
+        own = [r for r in records if r["refiner"] == name]
+        curve: list[tuple[int, float, float | None]] = [(i, r["before"], r["after"]) for i, r in enumerate(own)]
+        n = max(len(own), 1)
+        out.append(Refined(name, sum(r["before"] for r in own) / n, sum(r["after"] for r in own) / n,
+                           sum(r["seconds"] for r in own), curve))
+    return out
 
 
 def refine_model(

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewbits.quant.formats.scalar import ScalarFormat
 from fewbits.quant.formats.vq import CodebookFormat
 from fewbits.quant.rotation import rotate, rotated_back
-from fewbits.quant.types import LowRank, QuantizedTensor, Segment, natural_columns
+from fewbits.quant.types import LowRank, Params, QuantizedTensor, Segment, natural_columns
 
 BETAS = (0.9, 0.95)
 _EPS = 1e-12
@@ -109,12 +109,16 @@ class Tunable:
         for i, (segment, own) in enumerate(zip(self.tensor.segments, self._spans())):
             if not recodable(segment):
                 continue
-            value, target = segment.dequantize(), coded[:, own]
+            target = coded[:, own]
             error = target - Segment.nearest(segment.format, target, segment.params).dequantize()
             # rounding errors are spread evenly over a step, whose twelfth of a square is their variance
             self._units[i] = (12 * error.square().mean(1, keepdim=True)).sqrt_().clamp(min=1e-12)
-            self.latents[i] = value
-            self._moments[i] = Moments.like(value)
+            self.latents[i] = self._start(i, target)
+            self._moments[i] = Moments.like(self.latents[i])
+
+    def _start(self, i: int, target: Tensor) -> Tensor:
+        """Latents of a segment, given the original weight as it would be coded."""
+        return self.tensor.segments[i].dequantize()
 
     def _spans(self) -> list[slice]:
         ends = [0]
@@ -140,18 +144,21 @@ class Tunable:
 
     def _dense(self, values: dict[tuple[int, str], Tensor], latents: dict[int, Tensor]) -> Tensor:
         made = self.tensor
-        parts = []
-        for i, segment in enumerate(made.segments):
-            params = {k: values.get((i, k), v) for k, v in segment.params.items()}
-            part = Segment(segment.format, segment.codes, params).dequantize()
-            parts.append(part if i not in latents else part + (latents[i] - latents[i].detach()))
-        out = torch.cat(parts, 1)
+        out = torch.cat([
+            self._part(i, {k: values.get((i, k), v) for k, v in segment.params.items()}, latents.get(i))
+            for i, segment in enumerate(made.segments)], 1)
         if made.rotation is not None:
             out = rotated_back(out, dataclasses.replace(
                 made.rotation, in_scale=values[-1, "in_scale"], out_scale=values[-1, "out_scale"]))
         if made.permutation is not None:
             out = natural_columns(out, made.permutation)
         return out if made.low_rank is None else out + values[-1, "low_a"] @ values[-1, "low_b"]
+
+    def _part(self, i: int, params: Params, latent: Tensor | None) -> Tensor:
+        """What the codes of a segment mean, float32 ``(N, columns)``."""
+        segment = self.tensor.segments[i]
+        part = Segment(segment.format, segment.codes, params).dequantize()
+        return part if latent is None else part + (latent - latent.detach())
 
     def frozen(self) -> QuantizedTensor:
         """What it is now, as it is stored."""
@@ -209,7 +216,13 @@ class Tunable:
             value = Segment(old.format, codes, params).dequantize()
             # a latent that runs away from its code would take as long to come back
             self.latents[i] = value + (self.latents[i] - value).clamp(-self._units[i], self._units[i])
+        self._set(segments)
+
+    def _set(self, segments: list[Segment]) -> None:
         self.tensor = dataclasses.replace(self.tensor, segments=tuple(segments))
+
+    def anneal(self, progress: float) -> None:
+        """Called before each step, with the share of them that is done; for what depends on it."""
 
     # -- kept on disk ---------------------------------------------------------------------------------------------
 
@@ -238,7 +251,7 @@ class Tunable:
             self.latents[i] = state[f"{i}.latent"]
             self._moments[i] = Moments(state[f"{i}.first"], state[f"{i}.second"], int(state[f"{i}.steps"]))
             segments[i] = Segment(segments[i].format, state[f"{i}.codes"], segments[i].params)
-        self.tensor = dataclasses.replace(self.tensor, segments=tuple(segments))
+        self._set(segments)
 
 
 def recodable(segment: Segment) -> bool:

@@ -1,0 +1,173 @@
+"""Tuning one decoder block towards what the original block gives: memory is that of one block.
+
+Inputs are those that the quantized blocks before it produce, targets the outputs of the original on inputs of its own
+(as in BRECQ, arXiv 2102.05426, and AQLM, arXiv 2401.06118), so that a block also makes up for errors of those before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewbits.quant.refiners.effort import Effort
+from fewbits.quant.refiners.tunable import Tunable
+from fewbits.quant.targets import as_matrix
+from fewbits.quant.types import QuantizedTensor
+
+if TYPE_CHECKING:
+    from fewbits.calibration.block import Block
+    from fewbits.calibration.collect import Lesson
+
+_LAST_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class BlockRefiner:
+    """What all refiners of blocks have in common.
+
+    Attributes:
+        iterations: steps for each block.
+        batch: rows of a step.
+        held_out: one of so many rows decides whether it helped.
+        rate: of scales and codebooks, in their own size.
+        code_rate: of what codes follow from.
+        checks: looks at the held-out rows; what was best on them is kept.
+    """
+
+    iterations: Annotated[int, Field(ge=1)] = 50
+    batch: Annotated[int, Field(ge=1)] = 8
+    held_out: Annotated[int, Field(ge=2)] = 8
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.003
+    code_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    checks: Annotated[int, Field(ge=1)] = 4
+
+    stage: ClassVar[str] = "block"
+    samples: ClassVar[int] = 0  # it tunes on the rows that statistics are taken of
+
+    def tunable(self, tensor: QuantizedTensor, weight: Tensor, seed: int) -> Tunable:
+        """The tensor, as this refiner moves it."""
+        return Tunable(tensor)
+
+    def with_effort(self, effort: Effort) -> Any:
+        """The same with fewer steps, or more."""
+        if effort == "normal":
+            return self
+        return dataclasses.replace(self, iterations=max(1, self.iterations // 3) if effort == "fast"
+                                   else 4 * self.iterations)
+
+
+def refine_block(
+    refiner: BlockRefiner, block: Block, lesson: Lesson, tensors: Mapping[str, QuantizedTensor], *, seed: int
+) -> tuple[dict[str, QuantizedTensor], float, float]:
+    """The tensors of a block, tuned, and their loss on held-out rows before and after, relative to the targets' power.
+
+    Where nothing lowers that loss they come back as they were. The block is left with weights that nobody should use.
+    """
+    tuned = _Tuned(refiner, block, tensors, seed)
+    rows = [(b, r) for b in range(len(lesson.inputs)) for r in range(lesson.inputs.shapes[b][0])]
+    held = rows[:: refiner.held_out]
+    own = [row for row in rows if row not in set(held)] or rows
+    draw = torch.Generator().manual_seed(seed + block.index)
+    with tuned.leaves(), torch.enable_grad():
+        before = best = tuned.loss(lesson, held)
+        kept = dict(tensors)
+        checks = {math.ceil(refiner.iterations * (i + 1) / refiner.checks) for i in range(refiner.checks)}
+        for step in range(refiner.iterations):
+            chosen = [own[i] for i in torch.randint(0, len(own), (refiner.batch,), generator=draw).tolist()]
+            progress = step / refiner.iterations
+            tuned.step(lesson, chosen, _LAST_RATE + (1 - _LAST_RATE) * (1 - progress), progress)
+            if step + 1 in checks:
+                frozen = tuned.frozen()
+                tuned.install(frozen)
+                if (seen := tuned.loss(lesson, held)) < best:
+                    best, kept = seen, frozen
+                tuned.install(None)
+    return kept, before, best
+
+
+class _Tuned:
+    """A block whose weights are leaves."""
+
+    def __init__(
+        self, refiner: BlockRefiner, block: Block, tensors: Mapping[str, QuantizedTensor], seed: int
+    ) -> None:
+        self._refiner, self._block = refiner, block
+        self._targets = {t.name: t for t in block.targets if t.name in tensors}
+        self._tunables = {
+            n: refiner.tunable(t, block.weights[n], seed + i) for i, (n, t) in enumerate(tensors.items())}
+        self.install(tensors)
+
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        target = self._targets[name]
+        return self._block.model.get_parameter(f"{target.module_path}.{target.param_name}")
+
+    @contextmanager
+    def leaves(self) -> Iterator[None]:
+        parameters = {id(p): p for p in map(self._parameter, self._targets)}.values()
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+        for p in parameters:
+            p.requires_grad_(False)
+            p.grad = None
+
+    @torch.no_grad()
+    def install(self, tensors: Mapping[str, QuantizedTensor] | None) -> None:
+        """Compute with these, or with what moves."""
+        for name, tunable in self._tunables.items():
+            dense = tunable.dense() if tensors is None else tensors[name].dequantize()
+            as_matrix(self._parameter(name).detach(), self._targets[name]).copy_(dense)
+
+    def frozen(self) -> dict[str, QuantizedTensor]:
+        return {name: tunable.frozen() for name, tunable in self._tunables.items()}
+
+    def step(self, lesson: Lesson, rows: list[tuple[int, int]], factor: float, progress: float) -> None:
+        for name in self._targets:
+            self._parameter(name).grad = None
+        for tunable in self._tunables.values():
+            tunable.anneal(progress)
+        self.install(None)
+        for error, power in self._errors(lesson, rows):
+            (error / (power * len(rows))).backward()
+        for name, tunable in self._tunables.items():
+            if (gradient := self._parameter(name).grad) is not None:  # None: an expert without a token
+                tunable.step(as_matrix(gradient, self._targets[name]), rate=self._refiner.rate * factor,
+                             code_rate=self._refiner.code_rate * factor)
+        self.install(None)
+
+    @torch.no_grad()
+    def loss(self, lesson: Lesson, rows: list[tuple[int, int]]) -> float:
+        pairs = [(float(error), power) for error, power in self._errors(lesson, rows)]
+        return sum(e for e, _ in pairs) / max(sum(p for _, p in pairs), 1e-30)
+
+    def _errors(self, lesson: Lesson, rows: list[tuple[int, int]]) -> Iterator[tuple[Tensor, float]]:
+        """For each row: the squared error of the block's output, and the power of what it should be."""
+        for batch, row in sorted(rows):
+            call = lesson.calls[batch]
+            hidden, target = lesson.inputs[batch][row : row + 1], lesson.targets[batch][row : row + 1].float()
+            args, kwargs = _of_row(call.args, row, hidden), _of_row(call.kwargs, row, hidden)
+            out = self._block.module(hidden, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            # what the block adds is what it is judged by; the stream that it adds it to is far larger
+            power = float((target - hidden.float()).square().sum())
+            yield (out.float() - target).square().sum(), max(power, 1e-30)
+
+
+def _of_row(value: Any, row: int, hidden: Tensor) -> Any:
+    """One row of the tensors that a call has for each row of its batch (masks, positions); others as they are."""
+    if isinstance(value, Tensor):
+        per_row = value.ndim >= 2 and value.shape[0] > 1 and row < value.shape[0]
+        return value[row : row + 1] if per_row else value
+    if isinstance(value, tuple):
+        return tuple(_of_row(v, row, hidden) for v in value)
+    if isinstance(value, dict):
+        return {k: _of_row(v, row, hidden) for k, v in value.items()}
+    return value
