@@ -64,7 +64,7 @@ def main() -> None:
     source = protocol.real_model()
     baseline = open_source(source).path
     bench = "allocation-sequential" if args.sequential else "allocation"
-    path = protocol.RESULTS / f"{bench}.json"
+    path = protocol.RUNS / f"{bench}.json"
     stats = protocol.RESULTS / "stats"
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 

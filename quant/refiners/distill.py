@@ -34,7 +34,7 @@ class Distill:
         checks: looks at the held-out rows.
     """
 
-    samples: Annotated[int, Field(ge=1)] = 512
+    samples: Annotated[int, Field(ge=1)] = 256
     held_out: Annotated[int, Field(ge=1)] = 8
     epochs: Annotated[float, Field(gt=0)] = 1.0
     batch: Annotated[int, Field(ge=1)] = 4
@@ -58,5 +58,5 @@ class Distill:
     def with_effort(self, effort: Effort) -> Any:
         """The same with less text, or more passes over it."""
         if effort == "fast":
-            return replace(self, samples=max(1, self.samples // 4), epochs=min(self.epochs, 1.0), checks=2)
+            return replace(self, samples=max(1, self.samples // 2), epochs=min(self.epochs, 1.0), checks=2)
         return self if effort == "normal" else replace(self, epochs=3 * self.epochs)

@@ -1,8 +1,8 @@
 """Codes chosen among their neighbours by a relaxed draw that is annealed (GSQ, IST Austria, 2026), on the same grid.
 
 Every code has a logit for itself and for each neighbour, one up and one down (of 2 bits and less: for all codes). In
-training a weight is the mean of their values under a softmax of ``(logit + Gumbel noise) / tau``; tau falls, so that the
-mean becomes a choice, and in the end the most likely code is taken.
+training a weight is the mean of their values under a softmax of ``(logit + Gumbel noise) / tau``; tau falls, so that
+the mean becomes a choice, and in the end the most likely code is taken.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class PV(Distill):
         most: share of the codes that a step may change.
     """
 
-    code_rate: Annotated[float, Field(gt=0, le=1)] = 0.005
-    most: Annotated[float, Field(gt=0, le=1)] = 0.01
+    code_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
+    most: Annotated[float, Field(gt=0, le=1)] = 0.001
 
     @property
     def moves_codes(self) -> bool:
