@@ -24,6 +24,21 @@ def _quality(rows: list[Row]) -> str:
     ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
 
 
+def _refined(rows: list[Row]) -> str:
+    def line(r: Row) -> list[Any]:
+        last = r["refined"][-1]
+        rest = r["seconds_calibration"] + r["seconds_quantization"]
+        return [r["recipe"], r["bits"], f"{r['bits_per_weight']:.3f}",
+                f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+                f"{100 * r['top1_agreement']:.1f} %", ", ".join(x["refiner"] for x in r["refined"]),
+                f"{last['before']:.4f} to {last['after']:.4f}", f"{rest:.0f}", f"{r['seconds_refining']:.0f}",
+                f"{r['cpu_seconds']:.0f}"]
+
+    return _table(["recipe", "bits", "stored bits per weight", "perplexity", "KL to the original", "top-1", "refiners",
+                   "held-out loss", "s: quantizing", "s: refining", "CPU s"], [line(r) for r in rows]
+                  ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
+
+
 def _distortion(rows: list[Row]) -> str:
     return _table(
         ["format", "bits", "squared error", "bound at these bits", "gap, dB", "weights/s"],
@@ -222,6 +237,13 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "a byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
         "ternary:ternary_mean_b3 bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:had:binary2_row bitmod "
         "bitmod:bitmod3 nupes nupes:nupes3 llm-fp4 nf4 mxfp4 nvfp4`", _quality),
+    "refined": (
+        "Refined",
+        "The same protocol: quantized first on the first 128 x 512 tokens of WikiText-2 valid, then tuned end to end on "
+        "the first 256 rows of it, 8 more rows held out to judge by. Loss before and after: of the last refiner, nats "
+        "per token on those held-out rows. Seconds: wall, of quantizing with its calibration, and of refining. "
+        "`python -m benchmarks.quality --name refined --resume --bits 2 --recipes best-2bit best-2bit-trellis "
+        "pv-tuning`, and so on", _refined),
     "heads": (
         "Output heads", "The head of SmolLM2-135M-Instruct alone, 49152 x 576, all else in float32; statistics of "
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
@@ -230,8 +252,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "ifairy-trained": (
         "Complex weights, trained from scratch", "Two decoder blocks of Llama on the bytes of WikiText-2 valid, 500 "
         "steps of 16 x 128 bytes on the first nine tenths, the rate chosen on the last, judged on 1024 windows of 128 "
-        "bytes of test; embedding, head and norms are float and count 2 bytes a number. So short a training says which weights learn fastest, not which learn most. "
-        "`python -m benchmarks.ifairy`", _trained),
+        "bytes of test; embedding, head and norms are float and count 2 bytes a number. So short a training says which "
+        "weights learn fastest, not which learn most. `python -m benchmarks.ifairy`", _trained),
     "distortion": (
         "Distortion",
         "Of normal values of one deviation, codes alone. `python -m benchmarks.distortion`", _distortion),
