@@ -239,7 +239,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "bitmod:bitmod3 nupes nupes:nupes3 llm-fp4 nf4 mxfp4 nvfp4`", _quality),
     "refined": (
         "Refined",
-        "The same protocol: quantized first on the first 128 x 512 tokens of WikiText-2 valid, then tuned end to end on "
+        "The same protocol: quantized on the first 128 x 512 tokens of WikiText-2 valid, then tuned end to end on "
         "the first 256 rows of it, 8 more rows held out to judge by. Loss before and after: of the last refiner, nats "
         "per token on those held-out rows. Seconds: wall, of quantizing with its calibration, and of refining. "
         "`python -m benchmarks.quality --name refined --resume --bits 2 --recipes best-2bit best-2bit-trellis "

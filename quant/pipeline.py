@@ -88,6 +88,7 @@ class _Clock:
     calibration: float = 0.0
     quantization: float = 0.0
     refinement: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def calibrating(self) -> Iterator[None]:
@@ -223,7 +224,7 @@ def quantize(
             _quantize_blocks(job, collector, progress)
             _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
-        made = of_blocks(in_blocks, writer)
+        made = of_blocks(in_blocks, writer, clock.spent)
         if over_all := {n: r for n, r in refiners.items() if isinstance(r, Distill)}:
             assert tuning is not None
             with clock.refining():
@@ -300,7 +301,8 @@ def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> Non
                 facts += made_facts
             if job.refiners:
                 with job.clock.refining():
-                    tensors = refine_in_block(job.refiners, block, collector, tensors, facts, seed=job.seed)
+                    tensors = refine_in_block(job.refiners, block, collector, tensors, facts, seed=job.seed,
+                                              spent=job.clock.spent)
             dense, dense_facts = job.assignment.dense(job.streamed, block)
             job.writer.write(shard, job.assignment.pack(tensors) | dense, facts + dense_facts)
         with job.clock.calibrating():

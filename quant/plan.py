@@ -221,6 +221,7 @@ def quantization_config(facts: Iterable[Mapping[str, Any]], assignment: Assignme
 
 def plan_json(recipe: Recipe, facts: list[dict[str, Any]], refined: list[dict[str, Any]]) -> str:
     """plan.json: every tensor, its format and what it cost; to be read, diffed and edited; and what refiners did."""
+    refined = [{k: v for k, v in r.items() if k != "seconds"} for r in refined]  # equal runs write equal files
     plan = {"version": 1, "recipe": recipe.name, "tensors": facts} | ({"refined": refined} if refined else {})
     return json.dumps(plan, indent=1) + "\n"
 

@@ -65,15 +65,18 @@ class Refined:
 
 def refine_in_block(
     refiners: Mapping[str, BlockRefiner], block: Block, collector: Collector, tensors: dict[str, QuantizedTensor],
-    facts: list[dict[str, Any]], *, seed: int,
+    facts: list[dict[str, Any]], *, seed: int, spent: dict[str, float],
 ) -> dict[str, QuantizedTensor]:
-    """Run the refiners of a block, one after the other; says in ``facts`` what they did, installs what they made."""
+    """Run the refiners of a block, one after the other, and install what they made.
+
+    Says in ``facts`` what they did, and adds the seconds that they took to those in ``spent``.
+    """
     lesson = collector.lesson(block)
     for name, refiner in refiners.items():
         started = time.monotonic()
         tensors, before, after = refine_block(refiner, block, lesson, tensors, seed=seed)
-        record = {"refiner": name, "before": before, "after": after, "seconds": time.monotonic() - started}
-        facts[0].setdefault("block_refined", []).append(record)
+        spent[name] = spent.get(name, 0.0) + time.monotonic() - started
+        facts[0].setdefault("block_refined", []).append({"refiner": name, "before": before, "after": after})
         if after < before:
             for fact in facts:
                 fact.setdefault("refined", []).append(name)
@@ -81,7 +84,9 @@ def refine_in_block(
     return tensors
 
 
-def of_blocks(refiners: Mapping[str, BlockRefiner], writer: CheckpointWriter) -> list[Refined]:
+def of_blocks(
+    refiners: Mapping[str, BlockRefiner], writer: CheckpointWriter, spent: Mapping[str, float]
+) -> list[Refined]:
     """What refiners of blocks did, as the facts of the shards say: means over blocks, a point of the curve for each."""
     records = [r for i in range(writer.total) for fact in writer.facts(i) for r in fact.get("block_refined", [])]
     out = []
@@ -90,7 +95,7 @@ def of_blocks(refiners: Mapping[str, BlockRefiner], writer: CheckpointWriter) ->
         curve: list[tuple[int, float, float | None]] = [(i, r["before"], r["after"]) for i, r in enumerate(own)]
         n = max(len(own), 1)
         out.append(Refined(name, sum(r["before"] for r in own) / n, sum(r["after"] for r in own) / n,
-                           sum(r["seconds"] for r in own), curve))
+                           spent.get(name, 0.0), curve))
     return out
 
 

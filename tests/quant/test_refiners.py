@@ -259,12 +259,20 @@ def test_refiners_compose_and_quantized_heads_stay(tmp_path, text):
     assert second["before"] == pytest.approx(first["after"], rel=1e-3) and second["helped"]
 
 
-def test_recipes_say_what_refines():
+def test_recipes_say_what_refines(tmp_path):
     recipe = load_recipe("best-2bit")
     (name,) = recipe.refine
     fast = recipe.with_effort("fast")
     assert fast.refine[name]["samples"] < recipe.refine[name]["samples"] and fast.fingerprint != recipe.fingerprint
     assert recipe.with_effort("best").refine[name]["epochs"] > recipe.refine[name]["epochs"]
+    (tmp_path / "r.toml").write_text(fast.to_toml())
+    assert load_recipe(str(tmp_path / "r.toml")) == fast
+    orders = [load_recipe("gptq", {f"refine.{n}.rate": 0.1 for n in names})
+              for names in (("norms", "pv"), ("pv", "norms"))]
+    assert [list(r.refine) for r in orders] == [["norms", "pv"], ["pv", "norms"]]
+    assert orders[0].fingerprint != orders[1].fingerprint
+    with pytest.raises(RecipeError, match="one block before those that tune"):
+        load_recipe("gptq", {"refine.pv.rate": 0.1, "refine.gumbel.rate": 0.1})
     with pytest.raises(RecipeError, match="refines nothing"):
         load_recipe("gptq").with_effort("fast")
     with pytest.raises(RecipeError, match=r"refine\.pvv"):

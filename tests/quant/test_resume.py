@@ -35,6 +35,8 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rtn": ("gpt2", "rtn", {}),
     "original inputs": ("opt", "gptq", {"calibration.inputs": "original"}),
     "sorted columns": ("llama", "baq", {"budget.bpw": 4.0, "allocate.column_group": 32}),
+    "refined blocks": ("llama", "gptq", {
+        "format.bits": 2, "refine.signround.iterations": 4, "refine.gumbel.iterations": 4, "refine.gumbel.rate": 0.01}),
     "qep on experts": ("qwen3-moe", "gptq", {"quantizer.qep": 0.5, "calibration.true_sequential": True}),
 }
 """Name -> family, recipe, overrides."""
