@@ -24,6 +24,7 @@ from fewbits.quant.errors import FewbitsError, QualityGateError
 COMMANDS = {
     "quantize": "fewbits.cli.quantize:quantize",
     "plan": "fewbits.cli.plan:plan",
+    "train": "fewbits.cli.train:train",
     "sweep": "fewbits.cli.sweep:sweep",
     "eval": "fewbits.cli.eval:evaluate",
     "generate": "fewbits.cli.generate:generate",

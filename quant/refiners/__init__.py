@@ -9,6 +9,7 @@ from fewbits.quant.refiners.effort import EFFORTS, Effort
 from fewbits.quant.refiners.gumbel import Gumbel
 from fewbits.quant.refiners.norms import Norms
 from fewbits.quant.refiners.pv import PV
+from fewbits.quant.refiners.qat import QAT
 from fewbits.quant.refiners.signround import SignRound
 
 Refiner = BlockRefiner | Distill
@@ -20,6 +21,7 @@ REFINERS: dict[str, type[Refiner]] = {
     "norms": Norms,
     "distill": Distill,
     "pv": PV,
+    "qat": QAT,
 }
 """Name of the recipe's table ``[refine.NAME]`` -> frozen dataclass whose fields are its keys."""
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
+from torch import Tensor
 
 from fewbits.quant.refiners.effort import Effort
 from fewbits.quant.refiners.losses import Kind, Loss
+from fewbits.quant.refiners.tunable import Tunable
 from fewbits.quant.refiners.whole import Schedule
+from fewbits.quant.types import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Distill:
 
     stage: ClassVar[str] = "model"
 
-    @property
-    def moves_codes(self) -> bool:
-        return False
+    def tunable(self, tensor: QuantizedTensor, weight: Tensor) -> Tunable:
+        """The tensor, as this refiner moves it; ``weight (N, K)`` is the original."""
+        return Tunable(tensor)
 
     def schedule(self) -> Schedule:
         return Schedule(self.epochs, self.batch, self.rate, 0.0, 1.0, self.checks,

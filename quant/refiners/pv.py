@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 
 from fewbits.quant.refiners.distill import Distill
+from fewbits.quant.refiners.tunable import Tunable
 from fewbits.quant.refiners.whole import Schedule
+from fewbits.quant.types import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,8 @@ class PV(Distill):
     code_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     most: Annotated[float, Field(gt=0, le=1)] = 0.001
 
-    @property
-    def moves_codes(self) -> bool:
-        return True
+    def tunable(self, tensor: QuantizedTensor, weight: Tensor) -> Tunable:
+        return Tunable(tensor, weight)
 
     def schedule(self) -> Schedule:
         return replace(super().schedule(), code_rate=self.code_rate, most=self.most)

@@ -118,8 +118,8 @@ def refine_model(
         own, held = range(n), range(max(n, len(rows) - refiner.held_out), len(rows))
         if (done := finished(keeper, stored.tensors)) is None:
             teacher = teacher or Teacher(streamed, rows, progress)
-            whole = Whole(teacher.student(stored), streamed.targets, stored.tensors if refiner.weights else {},
-                          codes=refiner.moves_codes, norms=stored.norms)
+            whole = Whole(teacher.student(stored, moves=refiner.weights), streamed.targets,
+                          stored.tensors if refiner.weights else {}, make=refiner.tunable, norms=stored.norms)
             done = tune(whole, teacher.rows(own), teacher.rows(held), teacher.states(own), teacher.states(held),
                         refiner.schedule(), seed=seed, keeper=keeper, progress=progress, title=f"Refining: {name}")
         tuned, tensors, norms = done
@@ -192,14 +192,16 @@ class Teacher:
         return HiddenStates([self._states[i] for i in which], 2 << 30, None)
 
     @torch.no_grad()
-    def student(self, stored: Stored) -> Any:
-        """The model with the original's weights, but for what is quantized and for the norms.
+    def student(self, stored: Stored, *, moves: bool) -> Any:
+        """The model with the original's weights, but for norms and what is quantized and no refiner moves.
 
         The teacher's own: its states are known, so that only one model is in memory.
         """
         model = dense_model(self._streamed, self._streamed.dtype) if self._model is None else self._model
         self._model = None
-        for name, tensor in (stored.outside | stored.tensors).items():
+        for name, tensor in stored.outside.items():
+            read_weight(model, self._streamed.targets[name]).copy_(tensor.dequantize())
+        for name, tensor in stored.tensors.items() if not moves else ():
             read_weight(model, self._streamed.targets[name]).copy_(tensor.dequantize())
         for name, value in stored.norms.items():
             model.get_parameter(name).detach().copy_(value)

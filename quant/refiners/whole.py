@@ -50,6 +50,7 @@ class Schedule:
         code_rate: of latents of codes, in steps of their grids; 0: codes stay.
         most: share of the codes that a step may change.
         checks: how often the held-out rows are looked at; what was best on them is kept.
+        fixed_steps: in place of ``epochs``; 0: those count.
     """
 
     epochs: float
@@ -59,9 +60,10 @@ class Schedule:
     most: float
     checks: int
     loss: Loss
+    fixed_steps: int = 0
 
     def steps(self, rows: int) -> int:
-        return max(1, round(self.epochs * rows / self.batch))
+        return self.fixed_steps or max(1, round(self.epochs * rows / self.batch))
 
     def factor(self, step: int, steps: int) -> float:
         """Of the rates at a step: up, then down by a cosine."""
@@ -96,13 +98,13 @@ class Whole:
     Args:
         model: the original, dense; its weights are replaced. Its dtype is what is computed in.
         tensors: by target name, of what is quantized inside of the decoder blocks.
-        codes: whether codes may move.
+        make: of a tensor and its original weight, what moves it.
         norms: names of dense parameters that move too, as they are stored.
     """
 
     def __init__(
-        self, model: Any, targets: Mapping[str, Target], tensors: Mapping[str, QuantizedTensor], *, codes: bool,
-        norms: Mapping[str, Tensor],
+        self, model: Any, targets: Mapping[str, Target], tensors: Mapping[str, QuantizedTensor], *,
+        make: Callable[[QuantizedTensor, Tensor], Tunable], norms: Mapping[str, Tensor],
     ) -> None:
         self.model = model.eval()
         for parameter in model.parameters():
@@ -111,7 +113,7 @@ class Whole:
         self.tunables: dict[str, Tunable] = {}
         for name, tensor in tensors.items():
             weight = self._matrix(name)
-            self.tunables[name] = Tunable(tensor, weight if codes else None)
+            self.tunables[name] = make(tensor, weight)
             weight.copy_(tensor.dequantize())
         self.norms = {name: Free((-1, name), stored, _scale(stored)) for name, stored in norms.items()}
         self._leaves = {id(p): p for p in map(self._parameter, self.targets)}
@@ -160,8 +162,9 @@ class Whole:
         for name, free in self.norms.items():
             self.model.get_parameter(name).detach().copy_(free.value())
 
-    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float) -> float:
-        """One step over a few batches of rows; returns its mean loss per token."""
+    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float,
+             progress: float) -> float:
+        """One step over a few batches of rows, after which ``progress`` is done; its mean loss per token."""
         for parameter in self._leaves.values():
             parameter.grad = None
         count = sum(b.numel() for b in batches)
@@ -177,8 +180,14 @@ class Whole:
             if gradient is not None:
                 free.change.grad = gradient.float() * free.unit
                 free.step(schedule.rate * factor)
-        self._install()
+        self.anneal(progress)
         return total / count
+
+    def anneal(self, progress: float) -> None:
+        """Compute with what moves, once the share ``progress`` of the steps is done."""
+        for tunable in self.tunables.values():
+            tunable.anneal(progress)
+        self._install()
 
     # -- results --------------------------------------------------------------------------------------------------
 
@@ -225,10 +234,11 @@ def tune(
     else:
         done, tuned = 0, Tuned(start := whole.loss_on(held, held_teacher, schedule.loss), start)
     order = _order(len(rows), steps * schedule.batch, seed)
+    whole.anneal(done / steps)
     for step in range(done, steps):
         chosen = order[step * schedule.batch : (step + 1) * schedule.batch]
         batches, known = _gathered(rows, teacher, chosen)
-        loss = whole.step(batches, known, schedule, schedule.factor(step, steps))
+        loss = whole.step(batches, known, schedule, schedule.factor(step, steps), (step + 1) / steps)
         if not math.isfinite(loss):
             raise ModelError(f"{title}: the loss is {loss} at step {step + 1} of {steps}; lower the learning rates")
         seen = math.nan
