@@ -41,7 +41,8 @@ def main() -> None:
             out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}".replace(":", "-")
             made = fewbits.quantize(source, out, recipe=recipe, overrides=overrides, force=True)
             scores = protocol.evaluate(out, baseline)
-            row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set, **made.to_json(),
+            row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set,
+                   "commit": protocol.provenance()["commit"], **made.to_json(),
                    **{k: v for k, v in scores.items() if k not in ("per_text", "tasks", "protocol")}}
             rows.append(row)
             print(f"{recipe} {bits} bits: {made.bits_per_weight:.3f} stored, perplexity {scores['perplexity']:.2f}, "
