@@ -40,6 +40,7 @@ class CalibrationSet:
         sources: where the rows came from, as named by the user, with the rows drawn of each.
         warnings: sentences for the user.
         images: rows of an image and its text, beside those of ``tokens``; each as long as it comes.
+        tuning: these rows of text and more, for refiners; None where there are none.
     """
 
     tokens: Tensor
@@ -48,6 +49,7 @@ class CalibrationSet:
     sources: list[str]
     warnings: list[str]
     images: ImageRows | None = None
+    tuning: CalibrationSet | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -33,7 +33,7 @@ from fewbits.quant.checkpoint import CheckpointWriter, disk_errors, file_sizes
 from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
-from fewbits.quant.prepare import apart, load_text
+from fewbits.quant.prepare import load_text
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.refiners.block import BlockRefiner
@@ -191,7 +191,7 @@ def quantize(
     needs_stats = quantizer.needs_stats or recipe.sorts_columns
     if needs_stats or judged or refiners or (planner and planner.needs_text):
         text, held_out = load_text(recipe, streamed, seed, held_out=judged)
-        text, tuning = apart(text, recipe)
+        tuning = text.tuning
     run = run_identity(source, recipe, text if needs_stats else None, seed=seed, device=device, tuning=tuning)
     kept = StoredStats(Path(stats), stats_identity(source, recipe, text)) if stats and text else None
     if planner is not None:

@@ -29,7 +29,8 @@ def load_text(
     """Calibration rows, and rows held out to judge by: drawn by the same rule, none of them in both.
 
     A text that has fewer rows than asked gives up some of them to be held out, asked for or not, so that all runs on
-    it share their statistics. Of the calibration rows a share has images, where the recipe names some; rows held out
+    it share their statistics. Rows that refiners tune on are those of calibration and more (``tuning``). Of the
+    calibration rows a share has images, where the recipe names some; rows held out
     are of text alone.
 
     Raises:
@@ -55,7 +56,8 @@ def load_text(
         )
 
     images = load_image_rows(recipe, streamed, seed)
-    samples = max(want.samples - (len(images) if images else 0), rows_to_tune(recipe))
+    calibrating = want.samples - (len(images) if images else 0)
+    samples = max(calibrating, rows_to_tune(recipe))
 
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)
@@ -79,19 +81,14 @@ def load_text(
         text, held = text.hold_out(given_up)
     elif held_out:
         held = _others(text, rows(samples + 4 * HELD_OUT_ROWS))
+    if rows_to_tune(recipe):
+        text = replace(text.first(calibrating), tuning=text)
     return _mixed(text, images, recipe, streamed), held
 
 
 def rows_to_tune(recipe: Recipe) -> int:
     """Rows of text that the refiners want, those included that they hold out."""
     return max((r.samples + r.held_out for r in recipe.make_refiners().values() if r.stage == "model"), default=0)
-
-
-def apart(text: CalibrationSet, recipe: Recipe) -> tuple[CalibrationSet, CalibrationSet | None]:
-    """What statistics are taken of, and what refiners tune on: the first are among the second."""
-    if not recipe.refine:
-        return text, None
-    return text.first(min(len(text.tokens), recipe.calibration.samples)), replace(text, images=None)
 
 
 def load_image_rows(recipe: Recipe, streamed: StreamedModel, seed: int) -> ImageRows | None:
