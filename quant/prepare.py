@@ -14,6 +14,7 @@ from fewbits.eval.text import context_length
 from fewbits.quant.architecture import takes_images
 from fewbits.quant.errors import CalibrationError
 from fewbits.quant.recipe import Recipe
+from fewbits.quant.refiners.distill import Distill
 from fewbits.quant.source import Source
 
 HELD_OUT_ROWS = 8
@@ -88,7 +89,8 @@ def load_text(
 
 def rows_to_tune(recipe: Recipe) -> int:
     """Rows of text that the refiners want, those included that they hold out."""
-    return max((r.samples + r.held_out for r in recipe.make_refiners().values() if r.stage == "model"), default=0)
+    wanted = (r.samples + r.held_out for r in recipe.make_refiners().values() if isinstance(r, Distill))
+    return max(wanted, default=0)
 
 
 def load_image_rows(recipe: Recipe, streamed: StreamedModel, seed: int) -> ImageRows | None:

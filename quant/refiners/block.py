@@ -51,7 +51,6 @@ class BlockRefiner:
     checks: Annotated[int, Field(ge=1)] = 4
 
     stage: ClassVar[str] = "block"
-    samples: ClassVar[int] = 0  # it tunes on the rows that statistics are taken of
 
     def tunable(self, tensor: QuantizedTensor, weight: Tensor, seed: int) -> Tunable:
         """The tensor, as this refiner moves it."""

@@ -63,9 +63,9 @@ class _Relaxed(Tunable):
             reach = levels - 1 if levels <= 4 else 1
             offsets = self._offsets[i] = list(range(-reach, reach + 1))
             codes = segment.codes.long()
-            logits = torch.stack([
-                torch.where((codes + o >= 0) & (codes + o < levels), torch.full(codes.shape, -_BIAS * o * o),
-                            torch.tensor(-torch.inf)) for o in offsets])
+            bias = [torch.full(codes.shape, -_BIAS * o * o, device=codes.device) for o in offsets]
+            logits = torch.stack([b.masked_fill((codes + o < 0) | (codes + o >= levels), -torch.inf)
+                                  for o, b in zip(offsets, bias)])
             self.latents[i] = logits
             self._units[i] = torch.ones(())
             self._moments[i] = Moments.like(logits)
@@ -74,14 +74,14 @@ class _Relaxed(Tunable):
         self._tau = _TAU[0] + (_TAU[1] - _TAU[0]) * progress
         for i, logits in self.latents.items():
             uniform = torch.rand(logits.shape, generator=self._draw).clamp_(1e-9, 1 - 1e-7)
-            self._noise[i] = -torch.log(-torch.log(uniform))
+            self._noise[i] = -torch.log(-torch.log(uniform)).to(logits.device)
 
     def _part(self, i: int, params: Params, latent: Tensor | None) -> Tensor:
         if latent is None or i not in self._noise:
             return super()._part(i, params, None)
         share = ((latent + self._noise[i]) / self._tau).softmax(0)
         first = self._first.segments[i]
-        out = torch.zeros(latent.shape[1:])
+        out = torch.zeros_like(latent[0])
         for k, offset in enumerate(self._offsets[i]):
             codes = (first.codes.int() + offset).clamp(0, (_levels(first) or 1) - 1).to(torch.uint8)
             out = out + share[k] * Segment(first.format, codes, params).dequantize()
@@ -92,6 +92,6 @@ class _Relaxed(Tunable):
         segments = list(self.tensor.segments)
         for i, logits in self.latents.items():
             first = self._first.segments[i]
-            offsets = torch.tensor(self._offsets[i], dtype=torch.int32)[logits.argmax(0)]
+            offsets = torch.tensor(self._offsets[i], dtype=torch.int32, device=logits.device)[logits.argmax(0)]
             segments[i] = Segment(first.format, (first.codes.int() + offsets).to(torch.uint8), first.params)
         self._set(segments)

@@ -6,7 +6,6 @@ one before it when it is whole.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from fewbits.quant.refiners.distill import Distill
 from fewbits.quant.refiners.whole import HiddenStates, Progress, Whole, finished, teacher_states, tune
 from fewbits.quant.targets import read_weight
 from fewbits.quant.types import QuantizedTensor
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -150,10 +147,10 @@ class Stored:
         for i in range(writer.total):
             shard = writer.read(i)
             for name, layout in assignment.layouts.items():
-                if local := _of(name, shard):
+                if local := {k: v.to(streamed.device) for k, v in _of(name, shard).items()}:
                     inside = streamed.block_index(name) is not None
                     (self.tensors if inside else self.outside)[name] = QuantizedTensor.unpack(local, layout)
-            self.norms |= {n: t for n, t in shard.items() if n in tunable}
+            self.norms |= {n: t.to(streamed.device) for n, t in shard.items() if n in tunable}
 
     def write(self, refiners: list[str]) -> None:
         """Write what is in ``tensors`` and ``norms`` now."""

@@ -242,6 +242,7 @@ class Tunable:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Inverse of :meth:`state`."""
+        state = {k: v.to(self.tensor.segments[0].codes.device) for k, v in state.items()}
         for free in self.free:
             name = f"{free.where[0]}.{free.where[1]}"
             free.change = state[f"{name}.change"]

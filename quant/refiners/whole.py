@@ -210,7 +210,7 @@ class Whole:
         for name, tunable in self.tunables.items():
             tunable.restore(own.get(name, {}))
         for name, free in self.norms.items():
-            kept = own[name]
+            kept = {k: v.to(free.start.device) for k, v in own[name].items()}
             free.change = kept["change"]
             free.moments = Moments(kept["first"], kept["second"], int(kept["steps"]))
         self._install()
@@ -305,7 +305,10 @@ def _resumed(kept: Mapping[str, Tensor], tensors: Mapping[str, QuantizedTensor])
         if key.startswith("best/"):
             name, _, local = key.removeprefix("best/").rpartition("/")
             packed.setdefault(name, {})[local] = value
-    best = {name: QuantizedTensor.unpack(own, tensors[name].layout) for name, own in packed.items()}
+    best = {}
+    for name, own in packed.items():
+        device = tensors[name].segments[0].codes.device
+        best[name] = QuantizedTensor.unpack({k: v.to(device) for k, v in own.items()}, tensors[name].layout)
     norms = {k.removeprefix("norm/"): v for k, v in kept.items() if k.startswith("norm/")}
     before, after = kept["losses"].tolist()
     curve = [(int(a), b, c) for a, b, c in kept["curve"].tolist()]
