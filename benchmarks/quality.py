@@ -44,6 +44,7 @@ def main() -> None:
             row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set,
                    "commit": protocol.provenance()["commit"], **made.to_json(),
                    **{k: v for k, v in scores.items() if k not in ("per_text", "tasks", "protocol")}}
+            row = {k: v for k, v in row.items() if k not in ("output", "model", "baseline")}  # paths of this machine
             rows.append(row)
             print(f"{recipe} {bits} bits: {made.bits_per_weight:.3f} stored, perplexity {scores['perplexity']:.2f}, "
                   f"KL {scores['kl_mean']:.4f}, {made.cpu_seconds:.0f} CPU s")
