@@ -236,7 +236,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "The same protocol, any group size that is not named the largest power of two up to 128. Ternary codes five to "
         "a byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
         "ternary:ternary_mean_b3 bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:had:binary2_row bitmod "
-        "bitmod:bitmod3 nupes nupes:nupes3 llm-fp4 nf4 mxfp4 nvfp4`", _quality),
+        "bitmod:bitmod3 nupes nupes:nupes3 rtn:int3_g64 rtn:int4_g64 llm-fp4 nf4 mxfp4 nvfp4`; clipped "
+        "GPTQ integers of 3 bits are in the first table", _quality),
     "refined": (
         "Refined",
         "The same protocol: quantized on the first 128 x 512 tokens of WikiText-2 valid, then tuned end to end on "
@@ -339,7 +340,9 @@ def main() -> None:
         about = record["provenance"]
         parts.append(f"## {title}\n\n{text}\n")
         parts.append(render(record["rows"]))
-        parts.append(f"Commit {about['commit']}, {about['cpu']}, {about['threads']} threads, Python {about['python']}, "
+        rows = record["rows"] if isinstance(record["rows"], list) else []
+        commits = dict.fromkeys(r.get("commit", about["commit"]) for r in rows) or {about["commit"]: None}
+        parts.append(f"Commit {', '.join(commits)}, {about['cpu']}, {about['threads']} threads, Python {about['python']}, "
                      f"torch {about['torch']}, transformers {about['transformers']}, seed 0.\n")
     (protocol.ROOT / "docs" / "results.md").write_text("\n".join(parts))
 
