@@ -342,8 +342,8 @@ def main() -> None:
         parts.append(render(record["rows"]))
         rows = record["rows"] if isinstance(record["rows"], list) else []
         commits = dict.fromkeys(r.get("commit", about["commit"]) for r in rows) or {about["commit"]: None}
-        parts.append(f"Commit {', '.join(commits)}, {about['cpu']}, {about['threads']} threads, Python {about['python']}, "
-                     f"torch {about['torch']}, transformers {about['transformers']}, seed 0.\n")
+        parts.append(f"Commit {', '.join(commits)}, {about['cpu']}, {about['threads']} threads, "
+                     f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, seed 0.\n")
     (protocol.ROOT / "docs" / "results.md").write_text("\n".join(parts))
 
 
