@@ -343,7 +343,8 @@ def main() -> None:
         rows = record["rows"] if isinstance(record["rows"], list) else []
         commits = dict.fromkeys(r.get("commit", about["commit"]) for r in rows) or {about["commit"]: None}
         parts.append(f"Commit {', '.join(commits)}, {about['cpu']}, {about['threads']} threads, "
-                     f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, seed 0.\n")
+                     f"Python {about['python']}, torch {about['torch']}, "
+                     f"transformers {about['transformers']}, seed 0.\n")
     (protocol.ROOT / "docs" / "results.md").write_text("\n".join(parts))
 
 
