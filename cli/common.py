@@ -82,6 +82,12 @@ def report_to(target: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield report
 
 
+def say_reported(target: str | None) -> None:
+    """Tell where the report went, if it went to a file."""
+    if target not in (None, STDOUT):
+        say(f"wrote {target}")
+
+
 def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise FewbitsError(f"--json {path}: is a directory; name a file")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewbits.cli.common import STDOUT, JsonOption, examples, report_to, say, show_table
+from fewbits.cli.common import STDOUT, JsonOption, examples, report_to, say, say_reported, show_table
 
 EPILOG = examples("fewbits doctor ./model-w4", "fewbits doctor ./model-w4 --json")
 
@@ -26,5 +26,4 @@ def doctor(
         show_table(result.to_table())
         for trap in result.traps:
             say(f"mind: {trap}")
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

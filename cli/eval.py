@@ -17,7 +17,7 @@ from fewbits.cli.common import (
     ThreadsOption,
     examples,
     report_to,
-    say,
+    say_reported,
     show_table,
 )
 
@@ -84,5 +84,4 @@ def evaluate(
         report(result.to_json())
     if json != STDOUT:
         show_table(result.to_table())
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

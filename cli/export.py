@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewbits.cli.common import STDOUT, JsonOption, ProgressBars, examples, report_to, say
+from fewbits.cli.common import JsonOption, ProgressBars, examples, report_to, say, say_reported
 
 EPILOG = examples(
     "fewbits export ./model-w4 --to compressed-tensors -o ./model-w4-ct",
@@ -41,5 +41,4 @@ def export(
     for warning in result.warnings:
         say(f"warning: {warning}")
     say(f"{result.tensors} quantized tensors, {result.bytes / 1e6:.1f} MB in {result.output}")
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewbits.cli.common import STDOUT, JsonOption, examples, report_to, say, show_table
+from fewbits.cli.common import STDOUT, JsonOption, examples, report_to, say_reported, show_table
 
 EPILOG = examples("fewbits inspect ./model-w4", "fewbits inspect ./model-w4 --json")
 
@@ -24,5 +24,4 @@ def inspect(
         report(result.to_json())
     if json != STDOUT:
         show_table(result.to_table())
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

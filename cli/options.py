@@ -38,6 +38,9 @@ SettingsOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE ...", help="Any recipe key, e.g. quantizer.damp.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="S", help="Of everything that draws.")]
+OutOption = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to write.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in OUT.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in OUT.")]
 BpwOption = Annotated[
     float | None, typer.Option("--bpw", metavar="X", help="Budget: bits per weight over the linears of the blocks.")
 ]

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fewbits.cli.common import (
-    STDOUT,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -17,6 +16,7 @@ from fewbits.cli.common import (
     examples,
     report_to,
     say,
+    say_reported,
 )
 from fewbits.cli.options import (
     BatchOption,
@@ -26,11 +26,14 @@ from fewbits.cli.options import (
     CalibOption,
     CtxOption,
     FitsInOption,
+    ForceOption,
     FormatsOption,
     GroupSizeOption,
     ImagesOption,
     MeasuredOption,
+    OutOption,
     RecipeOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     SeqlenOption,
@@ -58,7 +61,7 @@ EPILOG = examples(
 
 def quantize(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to write.")],
+    out: OutOption,
     recipe: RecipeOption = None,
     bits: BitsOption = None,
     group_size: GroupSizeOption = None,
@@ -74,8 +77,8 @@ def quantize(
     ] = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in OUT.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in OUT.")] = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", metavar="X", help="Exit 3 if KL on held-out text exceeds X nats.")
     ] = None,
@@ -127,5 +130,4 @@ def quantize(
     )
     if result.predicted or result.measured:
         say(predicted_and_measured(result.predicted, result.measured))
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

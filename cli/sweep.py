@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from fewbits.cli.common import (
-    STDOUT,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -17,6 +16,7 @@ from fewbits.cli.common import (
     examples,
     report_to,
     say,
+    say_reported,
     show_table,
 )
 from fewbits.cli.options import (
@@ -77,5 +77,4 @@ def sweep(
                       f"{m['kl_mean']:.4f} +- {m['kl_stderr'] or 0:.4f}")
     show_table(table)
     say(f"wrote {out}")
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)

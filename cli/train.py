@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fewbits.cli.common import (
-    STDOUT,
     DeviceOption,
     JsonOption,
     ModelArgument,
@@ -17,8 +15,19 @@ from fewbits.cli.common import (
     examples,
     report_to,
     say,
+    say_reported,
 )
-from fewbits.cli.options import BitsOption, GroupSizeOption, SeedOption, SeqlenOption, SettingsOption, recipe_settings
+from fewbits.cli.options import (
+    BitsOption,
+    ForceOption,
+    GroupSizeOption,
+    OutOption,
+    ResumeOption,
+    SeedOption,
+    SeqlenOption,
+    SettingsOption,
+    recipe_settings,
+)
 
 EPILOG = examples(
     "fewbits train ./model -o ./model-ternary --recipe bitnet-finetune --text books.txt",
@@ -30,7 +39,7 @@ EPILOG = examples(
 
 def train(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to write.")],
+    out: OutOption,
     recipe: Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="One with a table [refine.qat].")],
     text: Annotated[list[str], typer.Option("--text", metavar="SRC ...", help="Text or JSONL files, or hf:NAME.")],
     steps: Annotated[
@@ -47,8 +56,8 @@ def train(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in OUT.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what an earlier run left in OUT.")] = False,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
     json: JsonOption = None,
 ) -> None:
     """Train a pretrained model with its codes in the loop; writes a checkpoint, and loss.png where matplotlib is."""
@@ -68,5 +77,4 @@ def train(
         f"held-out text {trained['before']:.3f} to {trained['after']:.3f}, in {result.seconds:.0f} s")
     if (drawn := draw_curve(trained, out / "loss.png")) is not None:
         say(f"wrote {drawn}")
-    if json not in (None, STDOUT):
-        say(f"wrote {json}")
+    say_reported(json)
