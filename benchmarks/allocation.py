@@ -64,9 +64,8 @@ def main() -> None:
     source = protocol.real_model()
     baseline = open_source(source).path
     bench = "allocation-sequential" if args.sequential else "allocation"
-    path = protocol.RUNS / f"{bench}.json"
     stats = protocol.RESULTS / "stats"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: list[dict[str, Any]] = protocol.load_rows(bench)
 
     def measure(chosen: Recipe, key: tuple[str, float | str], **more: Any) -> None:
         out = protocol.RESULTS / "checkpoints" / f"{bench}-{key[0]}"

@@ -10,7 +10,6 @@ benchmarks/runs has already is not done again.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -179,8 +178,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 16e-3],
                         help="tried with seed 0; the one that is best on held-out text goes on")
     args = parser.parse_args()
-    path = protocol.RUNS / "ifairy-trained.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = protocol.load_rows("ifairy-trained")
 
     def measured(name: str, seed: int, rate: float) -> dict[str, Any]:
         wanted = {"model": name, "width": KINDS[name].width, "seed": seed, "steps": STEPS, "rate": rate}

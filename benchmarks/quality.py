@@ -41,10 +41,10 @@ def main() -> None:
             out = protocol.RESULTS / "checkpoints" / f"{args.name}-{recipe}-{bits}".replace(":", "-")
             made = fewbits.quantize(source, out, recipe=recipe, overrides=overrides, force=True)
             scores = protocol.evaluate(out, baseline)
+            left_out = ("per_text", "tasks", "protocol", "output", "model", "baseline")  # long, or paths
             row = {"recipe": recipe, "bits": bits, "seed": 0, "settings": args.set,
-                   "commit": protocol.provenance()["commit"], **made.to_json(),
-                   **{k: v for k, v in scores.items() if k not in ("per_text", "tasks", "protocol")}}
-            row = {k: v for k, v in row.items() if k not in ("output", "model", "baseline")}  # paths of this machine
+                   "commit": protocol.provenance()["commit"],
+                   **{k: v for k, v in (made.to_json() | scores).items() if k not in left_out}}
             rows.append(row)
             print(f"{recipe} {bits} bits: {made.bits_per_weight:.3f} stored, perplexity {scores['perplexity']:.2f}, "
                   f"KL {scores['kl_mean']:.4f}, {made.cpu_seconds:.0f} CPU s")

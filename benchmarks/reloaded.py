@@ -15,7 +15,6 @@ then, as BitNet's authors do. Rows that an earlier run of as many steps left are
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -120,9 +119,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="tried with seed 0; the best goes on")
     args = parser.parse_args()
-    path = protocol.RUNS / "reloaded.json"
     made = {"steps": STEPS, "tokens": BATCH * LENGTH}
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: list[dict[str, Any]] = protocol.load_rows("reloaded")
     rows = [row for row in rows if made.items() <= row.items()]
     read = texts()
 

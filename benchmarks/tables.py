@@ -19,24 +19,32 @@ def _quality(rows: list[Row]) -> str:
     return _table(
         ["recipe", "bits", "stored bits per weight", "over all", "perplexity", "KL to the original", "top-1", "CPU s"],
         [[r["recipe"], r["bits"], f"{r['bits_per_weight']:.3f}", f"{r['bits_per_weight_total']:.2f}",
-          f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
-          f"{100 * r['top1_agreement']:.1f} %", f"{r['cpu_seconds']:.0f}"] for r in rows],
-    ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
+          *_scores(r), f"{r['cpu_seconds']:.0f}"] for r in rows],
+    ) + _original(rows)
+
+
+def _scores(r: Row) -> list[str]:
+    """Perplexity, KL and top-1 agreement."""
+    return [f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
+            f"{100 * r['top1_agreement']:.1f} %"]
+
+
+def _original(rows: list[Row]) -> str:
+    return f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
 
 
 def _refined(rows: list[Row]) -> str:
     def line(r: Row) -> list[Any]:
         last = r["refined"][-1]
         rest = r["seconds_calibration"] + r["seconds_quantization"]
-        return [r["recipe"], r["bits"], f"{r['bits_per_weight']:.3f}",
-                f"{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}", f"{r['kl_mean']:.4f} ± {r['kl_stderr']:.4f}",
-                f"{100 * r['top1_agreement']:.1f} %", ", ".join(x["refiner"] for x in r["refined"]),
+        return [r["recipe"], r["bits"], f"{r['bits_per_weight']:.3f}", *_scores(r),
+                ", ".join(x["refiner"] for x in r["refined"]),
                 f"{last['before']:.4f} to {last['after']:.4f}", f"{rest:.0f}", f"{r['seconds_refining']:.0f}",
                 f"{r['cpu_seconds']:.0f}"]
 
     return _table(["recipe", "bits", "stored bits per weight", "perplexity", "KL to the original", "top-1", "refiners",
                    "held-out loss", "s: quantizing", "s: refining", "CPU s"], [line(r) for r in rows]
-                  ) + f"\nThe original has perplexity {rows[0]['perplexity_baseline']:.2f} on the same windows.\n"
+                  ) + _original(rows)
 
 
 def _distortion(rows: list[Row]) -> str:

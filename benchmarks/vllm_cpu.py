@@ -73,8 +73,7 @@ def main() -> None:
 
 def keep(row: dict[str, Any]) -> None:
     """In place of an earlier row of the case."""
-    path = protocol.RUNS / "vllm_cpu.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = protocol.load_rows("vllm_cpu")
     rows = [r for r in rows if r["case"] != row["case"]] + [row]
     protocol.save("vllm_cpu", sorted(rows, key=lambda r: list(RECIPES).index(r["case"])))
 
