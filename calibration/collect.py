@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewbits.calibration.block import Block, Call
 from fewbits.calibration.data import CalibrationSet
-from fewbits.calibration.hidden import HiddenStates
+from fewbits.calibration.hidden import HIDDEN_LIMIT_BYTES, HiddenStates
 from fewbits.calibration.lint import lint_experts, lint_tokens
 from fewbits.calibration.lockstep import Closed, PausedPass
 from fewbits.calibration.stats import Gram
@@ -24,9 +24,6 @@ from fewbits.quant.targets import Target
 from fewbits.quant.types import LayerStats, QuantizedTensor
 
 log = logging.getLogger(__name__)
-
-HIDDEN_LIMIT_BYTES = 2 << 30
-"""Hidden states beyond this go to disk. Changes no number."""
 
 PAUSED_LIMIT_BYTES = 4 << 30
 """Activations of passes kept open; beyond this each step of a block runs it anew. Changes no number."""

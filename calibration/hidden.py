@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HIDDEN_LIMIT_BYTES = 2 << 30
+"""Hidden states beyond this go to disk. Changes no number."""
+
 
 class HiddenStates:
     """The hidden states of every batch between two blocks, in memory up to a limit and on disk beyond it."""

@@ -144,15 +144,9 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the disk is full or cannot be written; finished shards stay and the run can resume.
         """
-        temp = self.path(index).with_suffix(".tmp")
         with disk_errors(self.out):
-            try:
-                write_atomically(self._work / f"{index:05d}.json", json.dumps(facts))
-                save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, temp, metadata={"format": "pt"})
-                _sync_and_rename(temp, self.path(index))
-            except BaseException:
-                temp.unlink(missing_ok=True)
-                raise
+            write_atomically(self._work / f"{index:05d}.json", json.dumps(facts))
+            _write_tensors(self.path(index), {k: v.contiguous() for k, v in sorted(tensors.items())})
 
     def keeper(self, name: str) -> StateFile:
         """Where what runs over the whole checkpoint keeps its state until the run is done."""
@@ -204,15 +198,10 @@ class StateFile:
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError: the disk is full or cannot be written."""
-        temp = self.path.with_suffix(".tmp")
+        # copies, because what is best may share memory with what is now
+        copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
         with disk_errors(self.out):
-            try:
-                save_file({k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()},
-                          temp)
-                _sync_and_rename(temp, self.path)
-            except BaseException:
-                temp.unlink(missing_ok=True)
-                raise
+            _write_tensors(self.path, copies)
 
 
 def file_sizes(shards: Iterable[Mapping[str, tuple[tuple[int, ...], torch.dtype]]]) -> list[int]:
@@ -257,6 +246,17 @@ def write_atomically(path: Path, text: str) -> None:
     temp = path.with_name(path.name + ".tmp")
     try:
         temp.write_text(text)
+        _sync_and_rename(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file so that it is either absent (or as before) or whole."""
+    temp = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temp, metadata={"format": "pt"})
         _sync_and_rename(temp, path)
     except BaseException:
         temp.unlink(missing_ok=True)

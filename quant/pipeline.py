@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,28 +85,18 @@ class QuantizeReport:
 
 @dataclass
 class _Clock:
+    """Seconds of each part of a run, and of each refiner of blocks."""
+
     calibration: float = 0.0
     quantization: float = 0.0
-    refinement: float = 0.0
-    spent: dict[str, float] = field(default_factory=dict)
+    refining: float = 0.0
+    refiners: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def calibrating(self) -> Iterator[None]:
+    def timing(self, part: Literal["calibration", "quantization", "refining"]) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self.calibration += time.monotonic() - start
-
-    @contextlib.contextmanager
-    def refining(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.refinement += time.monotonic() - start
-
-    @contextlib.contextmanager
-    def quantizing(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.quantization += time.monotonic() - start
+        setattr(self, part, getattr(self, part) + time.monotonic() - start)
 
 
 @dataclass(frozen=True)
@@ -211,11 +201,11 @@ def quantize(
         predicted=run["allocation"]["predicted"] if planner else None,
     )
     try:
-        with clock.calibrating():
+        with clock.timing("calibration"):
             curvature = _curvature(streamed, recipe, assignment, text, seed, progress)
         in_blocks = {n: r for n, r in refiners.items() if isinstance(r, BlockRefiner)}
         job = _Job(streamed, assignment, quantizer, writer, seed, clock, curvature, in_blocks)
-        with clock.calibrating():
+        with clock.timing("calibration"):
             collector = Collector(
                 streamed, recipe, assignment.layouts, text if needs_stats or in_blocks else None, stored,
                 reference=bool(in_blocks),
@@ -224,10 +214,10 @@ def quantize(
             _quantize_blocks(job, collector, progress)
             _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
-        made = of_blocks(in_blocks, writer, clock.spent)
+        made = of_blocks(in_blocks, writer, clock.refiners)
         if over_all := {n: r for n, r in refiners.items() if isinstance(r, Distill)}:
             assert tuning is not None
-            with clock.refining():
+            with clock.timing("refining"):
                 made += refine_model(streamed, assignment, writer, over_all, text_rows(tuning, tuning.n_rows),
                                      seed=seed, progress=progress)
         report.refined = [r.to_json() for r in made]
@@ -243,7 +233,7 @@ def quantize(
     report.bits_per_weight, report.bits_per_weight_total = totals(facts)
     report.worst = [f["name"] for f in sorted(facts, key=lambda f: -f.get("relative_loss", 0))[:5]]
     report.seconds_calibration, report.seconds_quantization = clock.calibration, clock.quantization
-    report.seconds_refining = clock.refinement
+    report.seconds_refining = clock.refining
     try:
         if judged:
             _judge(report, source, held_out, max_kl, device, progress)
@@ -280,32 +270,34 @@ def _curvature(
 
 def _quantize_blocks(job: _Job, collector: Collector, progress: Progress) -> None:
     """For each decoder block: statistics of its inputs, codes, a shard; then its outputs feed the next block."""
+    if not collector.keeps and all(map(job.writer.has, range(job.writer.total))):
+        return  # the run that this one resumes was stopped later: no output is needed
     for block in job.streamed.blocks():
         shard = block.index + 1
         if job.writer.has(shard):  # made by the interrupted run that this one resumes
             if collector.keeps:  # the directory of statistics is to hold those of every block
                 for step in collector.steps(block):
                     collector.observe(block, step)
-            collector.install(block, job.assignment.unpack(block, job.writer.read(shard)))
+            collector.install(block, job.assignment.unpack([t.name for t in block.targets], job.writer.read(shard)))
         else:
             tensors: dict[str, QuantizedTensor] = {}
             facts: list[dict[str, Any]] = []
             for step in collector.steps(block):
-                with job.clock.calibrating():
+                with job.clock.timing("calibration"):
                     stats = collector.observe(block, step)
-                with job.clock.quantizing():
+                with job.clock.timing("quantization"):
                     made, made_facts = quantize_step(job.assignment, job.quantizer, block, step, stats, seed=job.seed,
                                                      curvature=job.curvature)
                 collector.install(block, made)
                 tensors |= made
                 facts += made_facts
             if job.refiners:
-                with job.clock.refining():
+                with job.clock.timing("refining"):
                     tensors = refine_in_block(job.refiners, block, collector, tensors, facts, seed=job.seed,
-                                              spent=job.clock.spent)
+                                              spent=job.clock.refiners)
             dense, dense_facts = job.assignment.dense(job.streamed, block)
             job.writer.write(shard, job.assignment.pack(tensors) | dense, facts + dense_facts)
-        with job.clock.calibrating():
+        with job.clock.timing("calibration"):
             collector.advance(block)
         _return_memory()
         progress("Quantizing", shard, job.writer.total)
@@ -341,7 +333,7 @@ def _write_rest(job: _Job, collector: Collector) -> None:
         return
     tensors: dict[str, QuantizedTensor] = {}
     facts = []
-    with job.clock.calibrating():
+    with job.clock.timing("calibration"):
         needs = [layout.permuted or (job.quantizer.needs_stats and job.assignment.is_multiplied(t))
                  for t, layout in job.assignment.outside()]
         head = collector.observe_head() if any(needs) or collector.keeps else None
@@ -352,7 +344,7 @@ def _write_rest(job: _Job, collector: Collector) -> None:
         multiplied = job.assignment.is_multiplied(target)
         how: Quantizer = job.quantizer if multiplied else RTN("search")  # what is looked up has no input statistics
         own = head if multiplied and (how.needs_stats or layout.permuted) else None
-        with job.clock.quantizing():
+        with job.clock.timing("quantization"):
             tensors[target.name], extra = how.quantize(weight, own, layout, seed=job.seed)
         facts.append(tensor_fact(target.name, weight, tensors[target.name], own, extra, linear=False))
     dense, dense_facts = job.assignment.dense(job.streamed, None)

@@ -61,15 +61,13 @@ class Assignment:
         """Tensors to store, under their full names."""
         return {f"{name}.{local}": t for name, tensor in tensors.items() for local, t in tensor.pack().items()}
 
-    def unpack(self, block: Block, stored: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
-        """The quantized tensors of a block from its shard."""
-        out = {}
-        for target in block.targets:
-            if (layout := self.layouts.get(target.name)) is not None:
-                prefix = target.name + "."
-                local = {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}
-                out[target.name] = QuantizedTensor.unpack(local, layout)
-        return out
+    def unpack(self, names: Iterable[str], stored: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
+        """Those of ``names`` that are quantized, from their shard."""
+        local: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in stored.items():
+            name, _, rest = key.rpartition(".")
+            local.setdefault(name, {})[rest] = tensor
+        return {n: QuantizedTensor.unpack(local.get(n, {}), self.layouts[n]) for n in names if n in self.layouts}
 
     def dense(self, streamed: StreamedModel, block: Block | None) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """What is stored as it is: every tensor of a block (None: outside the blocks) that is not quantized."""

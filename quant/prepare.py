@@ -31,8 +31,7 @@ def load_text(
 
     A text that has fewer rows than asked gives up some of them to be held out, asked for or not, so that all runs on
     it share their statistics. Rows that refiners tune on are those of calibration and more (``tuning``). Of the
-    calibration rows a share has images, where the recipe names some; rows held out
-    are of text alone.
+    calibration rows a share has images, where the recipe names some; rows held out are of text alone.
 
     Raises:
         CalibrationError: the model has no usable tokenizer, there is too little text, or images that it cannot take.
@@ -58,7 +57,8 @@ def load_text(
 
     images = load_image_rows(recipe, streamed, seed)
     calibrating = want.samples - (len(images) if images else 0)
-    samples = max(calibrating, rows_to_tune(recipe))
+    tuning = rows_to_tune(recipe)
+    samples = max(calibrating, tuning)
 
     def generate(rows: int, length: int, seed: int) -> Tensor:
         model = load(source.path)
@@ -82,7 +82,7 @@ def load_text(
         text, held = text.hold_out(given_up)
     elif held_out:
         held = _others(text, rows(samples + 4 * HELD_OUT_ROWS))
-    if rows_to_tune(recipe):
+    if tuning:
         text = replace(text.first(calibrating), tuning=text)
     return _mixed(text, images, recipe, streamed), held
 

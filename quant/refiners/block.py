@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -19,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fewbits.quant.refiners.effort import Effort
+from fewbits.quant.refiners.leaves import Leaves
 from fewbits.quant.refiners.tunable import Tunable
-from fewbits.quant.targets import as_matrix
 from fewbits.quant.types import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -71,103 +70,59 @@ def refine_block(
 
     Where nothing lowers that loss they come back as they were. The block is left with weights that nobody should use.
     """
-    tuned = _Tuned(refiner, block, tensors, seed)
+    tunables = {n: refiner.tunable(t, block.weights[n], seed + i) for i, (n, t) in enumerate(tensors.items())}
+    leaves = Leaves(block.model, {t.name: t for t in block.targets}, tunables)
     rows = [(b, r) for b in range(len(lesson.inputs)) for r in range(lesson.inputs.shapes[b][0])]
     held = rows[:: refiner.held_out]
     own = [row for row in rows if row not in set(held)] or rows
     draw = torch.Generator().manual_seed(seed + block.index)
-    with tuned.leaves(), torch.enable_grad():
-        before = best = tuned.loss(lesson, held)
-        kept = dict(tensors)
-        checks = {math.ceil(refiner.iterations * (i + 1) / refiner.checks) for i in range(refiner.checks)}
-        for step in range(refiner.iterations):
-            chosen = [own[i] for i in torch.randint(0, len(own), (refiner.batch,), generator=draw).tolist()]
-            progress = step / refiner.iterations
-            tuned.step(lesson, chosen, _LAST_RATE + (1 - _LAST_RATE) * (1 - progress), progress)
-            if step + 1 in checks:
-                frozen = tuned.frozen()
-                tuned.install(frozen)
-                if (seen := tuned.loss(lesson, held)) < best:
-                    best, kept = seen, frozen
-                tuned.install(None)
+    leaves.install(tensors)
+    before = best = _loss(block, lesson, held)
+    kept = dict(tensors)
+    checks = {math.ceil(refiner.iterations * (i + 1) / refiner.checks) for i in range(refiner.checks)}
+    leaves.watch(True)
+    leaves.anneal(0.0)
+    for step in range(refiner.iterations):
+        chosen = [own[i] for i in torch.randint(0, len(own), (refiner.batch,), generator=draw).tolist()]
+        with torch.enable_grad():
+            for error, power in _errors(block, lesson, chosen):
+                (error / (power * len(chosen))).backward()
+        factor = _LAST_RATE + (1 - _LAST_RATE) * (1 - step / refiner.iterations)
+        leaves.step(rate=refiner.rate * factor, code_rate=refiner.code_rate * factor)
+        if step + 1 in checks:
+            frozen, _ = leaves.stored()
+            leaves.install(frozen)
+            if (seen := _loss(block, lesson, held)) < best:
+                best, kept = seen, frozen
+        leaves.anneal((step + 1) / refiner.iterations)
+    leaves.watch(False)
     return kept, before, best
 
 
-class _Tuned:
-    """A block whose weights are leaves."""
-
-    def __init__(
-        self, refiner: BlockRefiner, block: Block, tensors: Mapping[str, QuantizedTensor], seed: int
-    ) -> None:
-        self._refiner, self._block = refiner, block
-        self._targets = {t.name: t for t in block.targets if t.name in tensors}
-        self._tunables = {
-            n: refiner.tunable(t, block.weights[n], seed + i) for i, (n, t) in enumerate(tensors.items())}
-        self.install(tensors)
-
-    def _parameter(self, name: str) -> torch.nn.Parameter:
-        target = self._targets[name]
-        return self._block.model.get_parameter(f"{target.module_path}.{target.param_name}")
-
-    @contextmanager
-    def leaves(self) -> Iterator[None]:
-        parameters = {id(p): p for p in map(self._parameter, self._targets)}.values()
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-        for p in parameters:
-            p.requires_grad_(False)
-            p.grad = None
-
-    @torch.no_grad()
-    def install(self, tensors: Mapping[str, QuantizedTensor] | None) -> None:
-        """Compute with these, or with what moves."""
-        for name, tunable in self._tunables.items():
-            dense = tunable.dense() if tensors is None else tensors[name].dequantize()
-            as_matrix(self._parameter(name).detach(), self._targets[name]).copy_(dense)
-
-    def frozen(self) -> dict[str, QuantizedTensor]:
-        return {name: tunable.frozen() for name, tunable in self._tunables.items()}
-
-    def step(self, lesson: Lesson, rows: list[tuple[int, int]], factor: float, progress: float) -> None:
-        for name in self._targets:
-            self._parameter(name).grad = None
-        for tunable in self._tunables.values():
-            tunable.anneal(progress)
-        self.install(None)
-        for error, power in self._errors(lesson, rows):
-            (error / (power * len(rows))).backward()
-        for name, tunable in self._tunables.items():
-            if (gradient := self._parameter(name).grad) is not None:  # None: an expert without a token
-                tunable.step(as_matrix(gradient, self._targets[name]), rate=self._refiner.rate * factor,
-                             code_rate=self._refiner.code_rate * factor)
-        self.install(None)
-
-    @torch.no_grad()
-    def loss(self, lesson: Lesson, rows: list[tuple[int, int]]) -> float:
-        pairs = [(float(error), power) for error, power in self._errors(lesson, rows)]
-        return sum(e for e, _ in pairs) / max(sum(p for _, p in pairs), 1e-30)
-
-    def _errors(self, lesson: Lesson, rows: list[tuple[int, int]]) -> Iterator[tuple[Tensor, float]]:
-        """For each row: the squared error of the block's output, and the power of what it should be."""
-        for batch, row in sorted(rows):
-            call = lesson.calls[batch]
-            hidden, target = lesson.inputs[batch][row : row + 1], lesson.targets[batch][row : row + 1].float()
-            args, kwargs = _of_row(call.args, row, hidden), _of_row(call.kwargs, row, hidden)
-            out = self._block.module(hidden, *args, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            # what the block adds is what it is judged by; the stream that it adds it to is far larger
-            power = float((target - hidden.float()).square().sum())
-            yield (out.float() - target).square().sum(), max(power, 1e-30)
+@torch.no_grad()
+def _loss(block: Block, lesson: Lesson, rows: list[tuple[int, int]]) -> float:
+    pairs = [(float(error), power) for error, power in _errors(block, lesson, rows)]
+    return sum(e for e, _ in pairs) / max(sum(p for _, p in pairs), 1e-30)
 
 
-def _of_row(value: Any, row: int, hidden: Tensor) -> Any:
-    """One row of the tensors that a call has for each row of its batch (masks, positions); others as they are."""
+def _errors(block: Block, lesson: Lesson, rows: list[tuple[int, int]]) -> Iterator[tuple[Tensor, float]]:
+    """For each row: the squared error of the block's output, and the power of what it should be."""
+    for batch, row in sorted(rows):
+        call, size = lesson.calls[batch], lesson.inputs.shapes[batch][0]
+        hidden, target = lesson.inputs[batch][row : row + 1], lesson.targets[batch][row : row + 1].float()
+        out = block.module(hidden, *_of_row(call.args, row, size), **_of_row(call.kwargs, row, size))
+        out = out[0] if isinstance(out, tuple) else out
+        # what the block adds is what it is judged by; the stream that it adds it to is far larger
+        power = float((target - hidden.float()).square().sum())
+        yield (out.float() - target).square().sum(), max(power, 1e-30)
+
+
+def _of_row(value: Any, row: int, size: int) -> Any:
+    """One row of the tensors that a call has for each row of its batch of ``size`` (masks, positions)."""
     if isinstance(value, Tensor):
-        per_row = value.ndim >= 2 and value.shape[0] > 1 and row < value.shape[0]
-        return value[row : row + 1] if per_row else value
+        return value[row : row + 1] if value.ndim >= 2 and value.shape[0] == size else value
     if isinstance(value, tuple):
-        return tuple(_of_row(v, row, hidden) for v in value)
+        return tuple(_of_row(v, row, size) for v in value)
     if isinstance(value, dict):
-        return {k: _of_row(v, row, hidden) for k, v in value.items()}
+        return {k: _of_row(v, row, size) for k, v in value.items()}
     return value

@@ -87,11 +87,7 @@ class _Relaxed(Tunable):
             out = out + share[k] * Segment(first.format, codes, params).dequantize()
         return out
 
-    @torch.no_grad()
-    def _recode(self, most: float) -> None:
-        segments = list(self.tensor.segments)
-        for i, logits in self.latents.items():
-            first = self._first.segments[i]
-            offsets = torch.tensor(self._offsets[i], dtype=torch.int32, device=logits.device)[logits.argmax(0)]
-            segments[i] = Segment(first.format, (first.codes.int() + offsets).to(torch.uint8), first.params)
-        self._set(segments)
+    def _codes(self, i: int, now: Segment, most: float) -> Tensor:
+        logits = self.latents[i]
+        offsets = torch.tensor(self._offsets[i], dtype=torch.int32, device=logits.device)[logits.argmax(0)]
+        return (self._first.segments[i].codes.int() + offsets).to(torch.uint8)

@@ -22,9 +22,9 @@ class Loss:
     """KL(teacher || student) per token.
 
     Attributes:
-        kind: ``kl``; ``dad``: tokens weighed by ``u^gamma``, u the entropy of the teacher over its most, mean weight 1
-            (the deviation-aware distillation of DB-LLM, arXiv 2402.11960, for which no code is public); ``topk``: over
-            the teacher's ``k`` likeliest tokens alone, both renormalized (TopKLD).
+        kind: ``kl``; ``dad``: tokens weighed by ``u^gamma``, u the entropy of the teacher over its most (the
+            deviation-aware distillation of DB-LLM, arXiv 2402.11960, for which no code is public); ``topk``: over the
+            teacher's ``k`` likeliest tokens alone, both renormalized (TopKLD).
     """
 
     kind: Kind = "kl"
@@ -40,7 +40,7 @@ class Loss:
         return kl if self.kind == "kl" else kl * self.weights(teacher)
 
     def weights(self, teacher: Tensor) -> Tensor:
-        """``(T,)`` of ``dad``, before they are brought to a mean of 1 over all tokens."""
+        """``(T,)`` of ``dad``, 0 to 1. Their mean is left as it is: a step of Adam is the same for any."""
         log = teacher.float().log_softmax(-1)
         entropy = -(log.exp() * log).sum(-1)
         return (entropy / math.log(teacher.shape[-1])).clamp(min=0).pow(self.gamma)

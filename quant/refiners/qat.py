@@ -61,13 +61,6 @@ class _Trained(Tunable):
             return super()._part(i, params, None)
         return torch.lerp(latent, super()._part(i, params, latent), self._mix)
 
-    @torch.no_grad()
-    def _recode(self, most: float) -> None:
-        """Codes are the nearest of latents, which no code holds back: they are weights."""
-        segments = list(self.tensor.segments)
-        values = {free.where: free.value() for free in self.free}
-        for i, latent in self.latents.items():
-            old = segments[i]
-            params = {k: values.get((i, k), v) for k, v in old.params.items()}
-            segments[i] = Segment(old.format, Segment.nearest(old.format, latent, params).codes, old.params)
-        self._set(segments)
+    def _codes(self, i: int, now: Segment, most: float) -> Tensor:
+        """The nearest of latents, which no code holds back: they are weights."""
+        return Segment.nearest(now.format, self.latents[i], now.params).codes

@@ -22,7 +22,7 @@ from fewbits.quant.checkpoint import CheckpointWriter
 from fewbits.quant.plan import Assignment
 from fewbits.quant.refiners.block import BlockRefiner, refine_block
 from fewbits.quant.refiners.distill import Distill
-from fewbits.quant.refiners.whole import HiddenStates, Progress, Whole, finished, teacher_states, tune
+from fewbits.quant.refiners.whole import Progress, Whole, finished, teacher_states, tune
 from fewbits.quant.targets import read_weight
 from fewbits.quant.types import QuantizedTensor
 
@@ -117,9 +117,9 @@ def refine_model(
             teacher = teacher or Teacher(streamed, rows, progress)
             whole = Whole(teacher.student(stored, moves=refiner.weights), streamed.targets,
                           stored.tensors if refiner.weights else {}, make=refiner.tunable, norms=stored.norms)
-            done = tune(whole, teacher.rows(own), teacher.rows(held), teacher.states(own), teacher.states(held),
-                        refiner.schedule(), seed=seed, keeper=keeper, progress=progress, title=f"Refining: {name}")
-        tuned, tensors, norms = done
+            done = tune(whole, teacher.rows, teacher.states, own, held, refiner.schedule(), seed=seed, keeper=keeper,
+                        progress=progress, title=f"Refining: {name}")
+        tuned, (tensors, norms) = done
         stored.tensors |= tensors
         stored.norms |= norms
         curve = [(i, loss, None if seen != seen else seen) for i, loss, seen in tuned.curve]
@@ -138,39 +138,32 @@ class Stored:
     """
 
     def __init__(self, streamed: StreamedModel, assignment: Assignment, writer: CheckpointWriter) -> None:
-        self._streamed, self._assignment, self._writer = streamed, assignment, writer
+        self._assignment, self._writer = assignment, writer
         self.tensors: dict[str, QuantizedTensor] = {}
         self.outside: dict[str, QuantizedTensor] = {}
         self.norms: dict[str, Tensor] = {}
         decoder = {id(p) for p in streamed.model.get_decoder().parameters()}
         tunable = {n for n, p in streamed.model.named_parameters() if p.ndim == 1 and id(p) in decoder}
-        for i in range(writer.total):
-            shard = writer.read(i)
-            for name, layout in assignment.layouts.items():
-                if local := {k: v.to(streamed.device) for k, v in _of(name, shard).items()}:
-                    inside = streamed.block_index(name) is not None
-                    (self.tensors if inside else self.outside)[name] = QuantizedTensor.unpack(local, layout)
-            self.norms |= {n: t.to(streamed.device) for n, t in shard.items() if n in tunable}
+        names: dict[int | None, list[str]] = {}
+        for name in assignment.layouts:
+            names.setdefault(streamed.block_index(name), []).append(name)
+        self._names = [names.get(index, []) for index in (None, *range(writer.total - 1))]
+        for i, own in enumerate(self._names):
+            shard = {k: v.to(streamed.device) for k, v in writer.read(i).items()}
+            (self.tensors if i else self.outside).update(assignment.unpack(own, shard))
+            self.norms |= {n: t for n, t in shard.items() if n in tunable}
 
     def write(self, refiners: list[str]) -> None:
         """Write what is in ``tensors`` and ``norms`` now."""
-        for i in range(self._writer.total):
-            shard = self._writer.read(i)
-            names = {n for n in self.tensors if _of(n, shard)}
-            new = shard | self._assignment.pack({n: self.tensors[n] for n in names})
+        for i, names in enumerate(self._names):
+            shard, own = self._writer.read(i), names if i else []
+            new = shard | self._assignment.pack({n: self.tensors[n] for n in own})
             new |= {n: t for n, t in self.norms.items() if n in shard}
             facts = self._writer.facts(i)
             for fact in facts:
-                if fact["name"] in names or fact["name"] in self.norms:
+                if fact["name"] in own or fact["name"] in self.norms:
                     fact["refined"] = refiners
             self._writer.write(i, new, facts)
-
-
-def _of(name: str, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are stored of a target, by local name."""
-    prefix = name + "."
-    local = {k[len(prefix):]: v for k, v in shard.items() if k.startswith(prefix)}
-    return local if "weight_shape" in local else {}
 
 
 class Teacher:
@@ -178,28 +171,19 @@ class Teacher:
 
     def __init__(self, streamed: StreamedModel, rows: Sequence[Tensor], progress: Progress) -> None:
         self._streamed = streamed
-        self._rows = [row[None] for row in rows]
+        self.rows = [row[None] for row in rows]
         self._model = dense_model(streamed, streamed.dtype)
-        self._states = teacher_states(self._model, self._rows, progress)
-
-    def rows(self, which: range) -> list[Tensor]:
-        return [self._rows[i] for i in which]
-
-    def states(self, which: range) -> HiddenStates:
-        return HiddenStates([self._states[i] for i in which], 2 << 30, None)
+        self.states = teacher_states(self._model, self.rows, progress)
 
     @torch.no_grad()
     def student(self, stored: Stored, *, moves: bool) -> Any:
-        """The model with the original's weights, but for norms and what is quantized and no refiner moves.
+        """The model with the original's weights, but for what is quantized and this refiner does not move.
 
         The teacher's own: its states are known, so that only one model is in memory.
         """
         model = dense_model(self._streamed, self._streamed.dtype) if self._model is None else self._model
         self._model = None
-        for name, tensor in stored.outside.items():
+        fixed = stored.outside if moves else stored.outside | stored.tensors
+        for name, tensor in fixed.items():
             read_weight(model, self._streamed.targets[name]).copy_(tensor.dequantize())
-        for name, tensor in stored.tensors.items() if not moves else ():
-            read_weight(model, self._streamed.targets[name]).copy_(tensor.dequantize())
-        for name, value in stored.norms.items():
-            model.get_parameter(name).detach().copy_(value)
         return model

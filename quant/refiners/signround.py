@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -39,13 +38,7 @@ class _Rounded(Tunable):
         self._centers[i] = target
         return target.clone()
 
-    @torch.no_grad()
-    def _recode(self, most: float) -> None:
-        segments = list(self.tensor.segments)
-        values = {free.where: free.value() for free in self.free}
-        for i, center in self._centers.items():
-            old, half = segments[i], self._units[i] / 2
-            self.latents[i] = center + (self.latents[i] - center).clamp(-half, half)
-            params = {k: values.get((i, k), v) for k, v in old.params.items()}
-            segments[i] = Segment(old.format, Segment.nearest(old.format, self.latents[i], params).codes, old.params)
-        self._set(segments)
+    def _codes(self, i: int, now: Segment, most: float) -> Tensor:
+        center, half = self._centers[i], self._units[i] / 2
+        self.latents[i] = center + (self.latents[i] - center).clamp(-half, half)
+        return Segment.nearest(now.format, self.latents[i], now.params).codes

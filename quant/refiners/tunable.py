@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,13 @@ class Moments:
     @staticmethod
     def like(value: Tensor) -> Moments:
         return Moments(torch.zeros_like(value), torch.zeros_like(value))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
+
+    @staticmethod
+    def restored(state: Mapping[str, Tensor]) -> Moments:
+        return Moments(state["first"], state["second"], int(state["steps"]))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Of the next step, entries of about 1 in size."""
@@ -66,6 +74,10 @@ class Free:
         self.change = torch.zeros_like(self.start, dtype=torch.float32)
         self.moments = Moments.like(self.change)
 
+    @property
+    def key(self) -> str:
+        return f"{self.where[0]}.{self.where[1]}"
+
     def value(self) -> Tensor:
         """float32, with a gradient where ``change`` has one."""
         return self.start.float() + self.unit * self.change
@@ -80,6 +92,14 @@ class Free:
         """Down the gradient of ``change``, which is forgotten."""
         if self.change.grad is not None:
             self.change = (self.change.detach() - rate * self.moments.direction(self.change.grad))
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs."""
+        return {"change": self.change, **self.moments.state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        state = {k: v.to(self.start.device) for k, v in state.items()}
+        self.change, self.moments = state["change"], Moments.restored(state)
 
 
 class Tunable:
@@ -204,19 +224,23 @@ class Tunable:
 
     @torch.no_grad()
     def _recode(self, most: float) -> None:
+        """Find codes anew for the latents that there are."""
         segments = list(self.tensor.segments)
         values = {free.where: free.value() for free in self.free}
         for i in self.latents:
             old = segments[i]
-            params = {k: values.get((i, k), v) for k, v in old.params.items()}
-            new = Segment.nearest(old.format, self.latents[i], params)
-            before = Segment(old.format, old.codes, params).dequantize()
-            codes = new.codes if most >= 1 else _limited(old, new, before, most)
-            segments[i] = Segment(old.format, codes, old.params)
-            value = Segment(old.format, codes, params).dequantize()
-            # a latent that runs away from its code would take as long to come back
-            self.latents[i] = value + (self.latents[i] - value).clamp(-self._units[i], self._units[i])
+            now = Segment(old.format, old.codes, {k: values.get((i, k), v) for k, v in old.params.items()})
+            segments[i] = Segment(old.format, self._codes(i, now, most), old.params)
         self._set(segments)
+
+    def _codes(self, i: int, now: Segment, most: float) -> Tensor:
+        """Codes of the latents of segment ``i``, which is ``now``."""
+        new = Segment.nearest(now.format, self.latents[i], now.params)
+        codes = new.codes if most >= 1 else _limited(now, new, most)
+        value = Segment(now.format, codes, now.params).dequantize()
+        # a latent that runs away from its code would take as long to come back
+        self.latents[i] = value + (self.latents[i] - value).clamp(-self._units[i], self._units[i])
+        return codes
 
     def _set(self, segments: list[Segment]) -> None:
         self.tensor = dataclasses.replace(self.tensor, segments=tuple(segments))
@@ -228,30 +252,24 @@ class Tunable:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that moves, by name."""
-        out: dict[str, Tensor] = {}
-        for free in self.free:
-            name = f"{free.where[0]}.{free.where[1]}"
-            out |= {f"{name}.change": free.change, f"{name}.first": free.moments.first,
-                    f"{name}.second": free.moments.second, f"{name}.steps": torch.tensor(free.moments.steps)}
+        out = {f"{free.key}.{k}": v for free in self.free for k, v in free.state().items()}
         for i, latent in self.latents.items():
-            moments = self._moments[i]
-            out |= {f"{i}.latent": latent, f"{i}.codes": self.tensor.segments[i].codes,
-                    f"{i}.first": moments.first, f"{i}.second": moments.second,
-                    f"{i}.steps": torch.tensor(moments.steps)}
+            own = {"latent": latent, "codes": self.tensor.segments[i].codes, **self._moments[i].state()}
+            out |= {f"{i}.{k}": v for k, v in own.items()}
         return out
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state`."""
-        state = {k: v.to(self.tensor.segments[0].codes.device) for k, v in state.items()}
+        own: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, rest = key.rpartition(".")
+            own.setdefault(name, {})[rest] = value.to(self.tensor.segments[0].codes.device)
         for free in self.free:
-            name = f"{free.where[0]}.{free.where[1]}"
-            free.change = state[f"{name}.change"]
-            free.moments = Moments(state[f"{name}.first"], state[f"{name}.second"], int(state[f"{name}.steps"]))
+            free.restore(own[free.key])
         segments = list(self.tensor.segments)
         for i in self.latents:
-            self.latents[i] = state[f"{i}.latent"]
-            self._moments[i] = Moments(state[f"{i}.first"], state[f"{i}.second"], int(state[f"{i}.steps"]))
-            segments[i] = Segment(segments[i].format, state[f"{i}.codes"], segments[i].params)
+            self.latents[i], self._moments[i] = own[f"{i}"]["latent"], Moments.restored(own[f"{i}"])
+            segments[i] = Segment(segments[i].format, own[f"{i}"]["codes"], segments[i].params)
         self._set(segments)
 
 
@@ -293,10 +311,10 @@ def _rms(value: Tensor) -> Tensor:
     return value.float().square().mean().sqrt()
 
 
-def _limited(old: Segment, new: Segment, before: Tensor, most: float) -> Tensor:
+def _limited(old: Segment, new: Segment, most: float) -> Tensor:
     """Codes of ``new`` for the share ``most`` of spans that they move furthest, those of ``old`` for the others."""
     fmt = old.format
-    moved = (new.dequantize() - before).square_()
+    moved = (new.dequantize() - old.dequantize()).square_()
     rows, columns = old.rows // fmt.height, old.columns // fmt.span
     far = moved.view(rows, fmt.height, columns, fmt.span).sum((1, 3))
     allowed = max(1, int(most * far.numel()))

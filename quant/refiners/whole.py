@@ -1,8 +1,8 @@
 """Tuning a whole quantized model towards the original: the distributions of its next tokens.
 
-The model computes with dense weights, which are leaves: a step gathers their gradients over a batch, and every
-quantized tensor makes of its own what it can (:class:`~fewbits.quant.refiners.tunable.Tunable`). So the model's code
-knows nothing of formats, and formats nothing of models.
+The model computes with dense weights, which are leaves (:mod:`fewbits.quant.refiners.leaves`): a step gathers their
+gradients over a batch, and every quantized tensor makes of its own what it can. So the model's code knows nothing of
+formats, and formats nothing of models.
 
 The original is run once and only what its decoder gives is kept; logits are made of that when they are needed.
 
@@ -15,18 +15,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.calibration.hidden import HiddenStates
+from fewbits.calibration.hidden import HIDDEN_LIMIT_BYTES, HiddenStates
 from fewbits.quant.errors import ModelError
+from fewbits.quant.refiners.leaves import Leaves
 from fewbits.quant.refiners.losses import Loss, pull
-from fewbits.quant.refiners.tunable import Free, Moments, Tunable
-from fewbits.quant.targets import Target, as_matrix
+from fewbits.quant.refiners.tunable import Free, Tunable
+from fewbits.quant.targets import Target, read_weight
 from fewbits.quant.types import QuantizedTensor
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,6 @@ Progress = Callable[[str, int, int], None]
 
 MICRO_TOKENS = 2048
 """Tokens in a pass: memory and speed only, but for the order in which floats are added."""
-HIDDEN_LIMIT_BYTES = 2 << 30
 _WARM_UP, _LAST_RATE = 0.05, 0.05
 
 
@@ -92,6 +93,10 @@ class Tuned:
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
 
+Best = tuple[dict[str, QuantizedTensor], dict[str, Tensor]]
+"""Tensors and norms as they are stored."""
+
+
 class Whole:
     """A model that is tuned.
 
@@ -99,159 +104,79 @@ class Whole:
         model: the original, dense; its weights are replaced. Its dtype is what is computed in.
         tensors: by target name, of what is quantized inside of the decoder blocks.
         make: of a tensor and its original weight, what moves it.
-        norms: names of dense parameters that move too, as they are stored.
+        norms: dense parameters that move too, by name, as they are stored.
     """
 
     def __init__(
         self, model: Any, targets: Mapping[str, Target], tensors: Mapping[str, QuantizedTensor], *,
         make: Callable[[QuantizedTensor, Tensor], Tunable], norms: Mapping[str, Tensor],
     ) -> None:
-        self.model = model.eval()
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        self.targets = {name: targets[name] for name in tensors}
-        self.tunables: dict[str, Tunable] = {}
-        for name, tensor in tensors.items():
-            weight = self._matrix(name)
-            self.tunables[name] = make(tensor, weight)
-            weight.copy_(tensor.dequantize())
-        self.norms = {name: Free((-1, name), stored, _scale(stored)) for name, stored in norms.items()}
-        self._leaves = {id(p): p for p in map(self._parameter, self.targets)}
-        self._leaves |= {id(p): p for p in map(model.get_parameter, self.norms)}
-        for parameter in self._leaves.values():
-            parameter.requires_grad_(True)
-
-    def _parameter(self, name: str) -> nn.Parameter:
-        target = self.targets[name]
-        return self.model.get_parameter(f"{target.module_path}.{target.param_name}")
-
-    def _matrix(self, name: str) -> Tensor:
-        return as_matrix(self._parameter(name).detach(), self.targets[name])
-
-    # -- passes ---------------------------------------------------------------------------------------------------
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """What the decoder makes of token ids ``(B, L)``: ``(B, L, d)``."""
-        return decoded(self.model, ids)
+        self.model = model.eval().requires_grad_(False)
+        tunables = {name: make(tensor, read_weight(model, targets[name])) for name, tensor in tensors.items()}
+        plain = {name: Free((-1, name), stored, _scale(stored)) for name, stored in norms.items()}
+        self.start: Best = dict(tensors), dict(norms)
+        self.leaves = Leaves(model, targets, tunables, plain)
+        self.leaves.install(*self.start)
+        self.leaves.watch(True)
 
     @torch.no_grad()
-    def loss_on(self, rows: Sequence[Tensor], teacher: HiddenStates, loss: Loss) -> float:
-        """Mean loss per token of the tensors as they would be stored."""
-        with self._frozen():
-            total = sum(
-                pull(loss, self._logits, self.hidden(batch).flatten(0, 1), teacher[i].flatten(0, 1), 1.0)
-                for i, batch in enumerate(rows))
-        return total / sum(batch.numel() for batch in rows)
+    def loss_on(self, rows: Sequence[Tensor], teacher: HiddenStates, which: Sequence[int], loss: Loss) -> float:
+        """Mean loss per token of what is installed."""
+        total = sum(self._pull(loss, rows[i], teacher[i], 1.0) for i in which)
+        return total / sum(rows[i].numel() for i in which)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return logits_of(self.model, hidden)
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        for name, tunable in self.tunables.items():
-            self._matrix(name).copy_(tunable.frozen().dequantize())
-        for name, free in self.norms.items():
-            self.model.get_parameter(name).detach().copy_(free.stored())
-        yield
-        self._install()
-
-    @torch.no_grad()
-    def _install(self) -> None:
-        for name, tunable in self.tunables.items():
-            self._matrix(name).copy_(tunable.dense())
-        for name, free in self.norms.items():
-            self.model.get_parameter(name).detach().copy_(free.value())
-
-    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float,
-             progress: float) -> float:
-        """One step over a few batches of rows, after which ``progress`` is done; its mean loss per token."""
-        for parameter in self._leaves.values():
-            parameter.grad = None
+    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float) -> float:
+        """One step over a few batches of rows; its mean loss per token."""
         count = sum(b.numel() for b in batches)
-        total = sum(
-            pull(schedule.loss, self._logits, self.hidden(ids).flatten(0, 1), known.flatten(0, 1), 1 / count)
-            for ids, known in zip(batches, teacher))
-        for name, tunable in self.tunables.items():
-            if (gradient := self._parameter(name).grad) is not None:  # an expert that no token went to has none
-                tunable.step(as_matrix(gradient, self.targets[name]), rate=schedule.rate * factor,
-                             code_rate=schedule.code_rate * factor, most=schedule.most)
-        for name, free in self.norms.items():
-            gradient = self.model.get_parameter(name).grad
-            if gradient is not None:
-                free.change.grad = gradient.float() * free.unit
-                free.step(schedule.rate * factor)
-        self.anneal(progress)
+        total = sum(self._pull(schedule.loss, ids, known, 1 / count) for ids, known in zip(batches, teacher))
+        self.leaves.step(rate=schedule.rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
         return total / count
 
-    def anneal(self, progress: float) -> None:
-        """Compute with what moves, once the share ``progress`` of the steps is done."""
-        for tunable in self.tunables.values():
-            tunable.anneal(progress)
-        self._install()
-
-    # -- results --------------------------------------------------------------------------------------------------
-
-    def results(self) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """The tensors and the norms as they are stored."""
-        return ({n: t.frozen() for n, t in self.tunables.items()}, {n: f.stored() for n, f in self.norms.items()})
-
-    def state(self) -> dict[str, Tensor]:
-        out = {f"{name}/{k}": v for name, tunable in self.tunables.items() for k, v in tunable.state().items()}
-        for name, free in self.norms.items():
-            out |= {f"{name}/change": free.change, f"{name}/first": free.moments.first,
-                    f"{name}/second": free.moments.second, f"{name}/steps": torch.tensor(free.moments.steps)}
-        return out
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        own: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            name, _, rest = key.rpartition("/")
-            own.setdefault(name, {})[rest] = value
-        for name, tunable in self.tunables.items():
-            tunable.restore(own.get(name, {}))
-        for name, free in self.norms.items():
-            kept = {k: v.to(free.start.device) for k, v in own[name].items()}
-            free.change = kept["change"]
-            free.moments = Moments(kept["first"], kept["second"], int(kept["steps"]))
-        self._install()
+    def _pull(self, loss: Loss, ids: Tensor, known: Tensor, scale: float) -> float:
+        hidden = decoded(self.model, ids)
+        return pull(loss, partial(logits_of, self.model), hidden.flatten(0, 1), known.flatten(0, 1), scale)
 
 
 def tune(
-    whole: Whole, rows: Sequence[Tensor], held: Sequence[Tensor], teacher: HiddenStates, held_teacher: HiddenStates,
+    whole: Whole, rows: Sequence[Tensor], teacher: HiddenStates, own: Sequence[int], held: Sequence[int],
     schedule: Schedule, *, seed: int, keeper: Keeper, progress: Progress, title: str,
-) -> tuple[Tuned, dict[str, QuantizedTensor], dict[str, Tensor]]:
+) -> tuple[Tuned, Best]:
     """Tune, look at held-out rows now and then, and give back what was best on them.
 
     Args:
-        rows, held: batches of one row each, ``(1, L)``, and what the original's decoder makes of them.
+        rows: batches of one row each, ``(1, L)``.
+        teacher: what the original's decoder makes of them.
+        own, held: which of them to tune on, and which to judge by.
     """
-    steps = schedule.steps(len(rows))
+    steps, leaves = schedule.steps(len(own)), whole.leaves
     checks = {round(steps * (i + 1) / schedule.checks) for i in range(schedule.checks)}
-    best = whole.results()
     if (kept := keeper.load()) is not None:
-        done, tuned, best = _resumed(kept, {n: t.tensor for n, t in whole.tunables.items()})
-        whole.restore({k.removeprefix("now/"): v for k, v in kept.items() if k.startswith("now/")})
+        done, tuned, best = _resumed(kept, whole.start[0])
+        leaves.restore({k.removeprefix("now/"): v for k, v in kept.items() if k.startswith("now/")})
     else:
-        done, tuned = 0, Tuned(start := whole.loss_on(held, held_teacher, schedule.loss), start)
-    order = _order(len(rows), steps * schedule.batch, seed)
-    whole.anneal(done / steps)
+        start = whole.loss_on(rows, teacher, held, schedule.loss)
+        done, tuned, best = 0, Tuned(start, start), whole.start
+    order = _order(len(own), steps * schedule.batch, seed)
+    leaves.anneal(done / steps)
     for step in range(done, steps):
-        chosen = order[step * schedule.batch : (step + 1) * schedule.batch]
-        batches, known = _gathered(rows, teacher, chosen)
-        loss = whole.step(batches, known, schedule, schedule.factor(step, steps), (step + 1) / steps)
+        chosen = [own[i] for i in order[step * schedule.batch : (step + 1) * schedule.batch]]
+        loss = whole.step(*_gathered(rows, teacher, chosen), schedule, schedule.factor(step, steps))
         if not math.isfinite(loss):
             raise ModelError(f"{title}: the loss is {loss} at step {step + 1} of {steps}; lower the learning rates")
         seen = math.nan
         if step + 1 in checks:
-            seen = whole.loss_on(held, held_teacher, schedule.loss)
+            now = leaves.stored()
+            leaves.install(*now)
+            seen = whole.loss_on(rows, teacher, held, schedule.loss)
             if seen < tuned.after:
-                tuned.after, best = seen, whole.results()
+                tuned.after, best = seen, now
         tuned.curve.append((step + 1, loss, seen))
         if step + 1 in checks:
-            keeper.save(_kept(whole, step + 1, tuned, best, finished=step + 1 == steps))
+            keeper.save(_kept(leaves, step + 1, tuned, best, finished=step + 1 == steps))
+        leaves.anneal((step + 1) / steps)
         progress(title, step + 1, steps)
         log.info("%s: step %d of %d, loss %.4f, held-out %.4f", title, step + 1, steps, loss, seen)
-    return tuned, *best
+    return tuned, best
 
 
 def _gathered(
@@ -279,19 +204,16 @@ def _order(rows: int, count: int, seed: int) -> list[int]:
 
 # -- what is kept of a run that is under way ------------------------------------------------------------------------
 
-Best = tuple[dict[str, QuantizedTensor], dict[str, Tensor]]
-
-
-def finished(keeper: Keeper, tensors: Mapping[str, QuantizedTensor]) -> tuple[Tuned, dict, dict] | None:
+def finished(keeper: Keeper, tensors: Mapping[str, QuantizedTensor]) -> tuple[Tuned, Best] | None:
     """What an earlier run came to, if it came to its end; ``tensors`` have the layouts."""
     if (kept := keeper.load()) is None or not bool(kept["finished"]):
         return None
     _, tuned, best = _resumed(kept, tensors)
-    return tuned, *best
+    return tuned, best
 
 
-def _kept(whole: Whole, done: int, tuned: Tuned, best: Best, *, finished: bool) -> dict[str, Tensor]:
-    out = {} if finished else {f"now/{k}": v for k, v in whole.state().items()}
+def _kept(leaves: Leaves, done: int, tuned: Tuned, best: Best, *, finished: bool) -> dict[str, Tensor]:
+    out = {} if finished else {f"now/{k}": v for k, v in leaves.state().items()}
     out |= {f"best/{name}/{k}": v for name, tensor in best[0].items() for k, v in tensor.pack().items()}
     out |= {f"norm/{name}": v for name, v in best[1].items()}
     return out | {"done": torch.tensor(done), "finished": torch.tensor(finished),
