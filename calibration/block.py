@@ -28,7 +28,8 @@ class Block:
 
     Attributes:
         targets: what can be quantized in it, in module order.
-        weights: the original weights ``(N, K)`` of the targets, in the dtype of the source.
+        weights: the original weights ``(N, K)`` of the targets, in the dtype of the source. Where that is the compute
+            dtype they are the module's own, and :meth:`install` overwrites them.
         converted: tensors that transformers merged or split on loading, by module tree name.
     """
 
@@ -56,12 +57,16 @@ class Block:
         """A copy of the module as it is now (before anything is installed)."""
         return copy.deepcopy(self.module)
 
-    def _watched(self, module: nn.Module) -> dict[int, str]:
+    def weights_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The targets' weights ``(N, K)`` in a copy of the module: views, in its dtype."""
         out = {}
         for t in self.targets:
             owner = module.get_submodule(t.module_path[len(self.name) + 1 :]) if t.module_path != self.name else module
-            out[as_matrix(getattr(owner, t.param_name), t).data_ptr()] = t.name
+            out[t.name] = as_matrix(getattr(owner, t.param_name).detach(), t)
         return out
+
+    def _watched(self, module: nn.Module) -> dict[int, str]:
+        return {weight.data_ptr(): name for name, weight in self.weights_of(module).items()}
 
     def shared_inputs(self, hidden: Tensor, call: Call) -> list[list[str]]:
         """Targets grouped by the tensor that they read, in the order in which they are called.

@@ -68,11 +68,13 @@ class Lesson:
         inputs: hidden states ``(B, L, d)`` that the quantized blocks before it give.
         targets: what the original block gives on the original's own inputs.
         calls: what the block is called with beside them.
+        weights: the original weights ``(N, K)`` of the block's targets.
     """
 
     inputs: HiddenStates
     targets: HiddenStates
     calls: list[Call]
+    weights: dict[str, Tensor]
 
 
 class Collector:
@@ -252,7 +254,14 @@ class Collector:
         """What the quantized block reads, and what the original one gives on inputs of its own."""
         assert self._reference is not None
         self.close()  # passes that are open have gone through weights that will change
-        return Lesson(self._hidden, self._targets(block), [self._call(i, block) for i in range(len(self._hidden))])
+        calls = [self._call(i, block) for i in range(len(self._hidden))]
+        twin = self._twin_of(block)
+        assert twin is not None
+        weights = {  # those of the block are overwritten where they need no cast; then those of the twin are as exact
+            name: own if own.dtype == block.weights[name].dtype else block.weights[name]
+            for name, own in block.weights_of(twin).items()
+        }
+        return Lesson(self._hidden, self._targets(block), calls, weights)
 
     def _targets(self, block: Block) -> HiddenStates:
         assert self._reference is not None

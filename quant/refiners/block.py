@@ -70,7 +70,7 @@ def refine_block(
 
     Where nothing lowers that loss they come back as they were. The block is left with weights that nobody should use.
     """
-    tunables = {n: refiner.tunable(t, block.weights[n], seed + i) for i, (n, t) in enumerate(tensors.items())}
+    tunables = {n: refiner.tunable(t, lesson.weights[n], seed + i) for i, (n, t) in enumerate(tensors.items())}
     leaves = Leaves(block.model, {t.name: t for t in block.targets}, tunables)
     rows = [(b, r) for b in range(len(lesson.inputs)) for r in range(lesson.inputs.shapes[b][0])]
     held = rows[:: refiner.held_out]

@@ -1,8 +1,8 @@
 """Learned rounding: AutoRound's SignRound (arXiv 2309.05516), over any scalar format, and the parameters with it.
 
-The codes are the nearest of ``W + V step`` with ``|V| <= 1/2``, so that every weight is rounded up or down, and never
-further. V starts at 0, which is plain rounding on the grid that the quantizer left (GPTQ's codes are kept where they
-are better), and moves by steps of nearly one size, as a sign does.
+The codes are the nearest of ``W + V step``. V starts where that is the quantizer's code (in the paper at 0, plain
+rounding: what feedback had gained would have to be found again) and stays within 1/2, or between there and its start: a
+weight is rounded up or down, or as the quantizer had it. V moves by steps of nearly one size, as a sign does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,15 +31,14 @@ class SignRound(BlockRefiner):
 
 class _Rounded(Tunable):
     def __init__(self, tensor: QuantizedTensor, weight: Tensor) -> None:
-        self._centers: dict[int, Tensor] = {}
+        self._bounds: dict[int, tuple[Tensor, Tensor]] = {}
         super().__init__(tensor, weight)
-        self._recode(1.0)
 
     def _start(self, i: int, target: Tensor) -> Tensor:
-        self._centers[i] = target
-        return target.clone()
+        value, half = super()._start(i, target), self._units[i] / 2
+        self._bounds[i] = torch.minimum(target - half, value), torch.maximum(target + half, value)
+        return value
 
     def _codes(self, i: int, now: Segment, most: float) -> Tensor:
-        center, half = self._centers[i], self._units[i] / 2
-        self.latents[i] = center + (self.latents[i] - center).clamp(-half, half)
+        self.latents[i] = self.latents[i].clamp(*self._bounds[i])
         return Segment.nearest(now.format, self.latents[i], now.params).codes

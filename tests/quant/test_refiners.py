@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.quant import checkpoint
@@ -18,6 +19,7 @@ from fewbits.quant.quantizers import RTN
 from fewbits.quant.recipe import load_recipe
 from fewbits.quant.refiners import REFINERS
 from fewbits.quant.refiners.losses import Loss, pull
+from fewbits.quant.refiners.signround import SignRound
 from fewbits.quant.refiners.tunable import Tunable, recodable
 from fewbits.quant.types import LayerStats, QuantizedTensor
 from tests.conftest import save_tiny_model
@@ -212,6 +214,25 @@ def test_what_does_not_help_leaves_everything_as_it_was(tiny, text, tmp_path):
     fewbits.quantize(tiny("llama"), tmp_path / "plain", recipe="gptq", overrides=small(text))
     for path in (tmp_path / "plain").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_refiners_of_blocks_see_the_original_weights(dtype, tiny, text, tmp_path, monkeypatch):
+    """And not what the quantizer put in their place, be there a cast between the two or not."""
+    seen = []
+    tunable = SignRound.tunable
+
+    def watched(self: SignRound, tensor: QuantizedTensor, weight: torch.Tensor, seed: int) -> Tunable:
+        seen.append(weight.float().clone())
+        return tunable(self, tensor, weight, seed)
+
+    monkeypatch.setattr(SignRound, "tunable", watched)
+    fewbits.quantize(tiny("llama"), tmp_path / "out", recipe="gptq",
+                     overrides=small(text, **refine("signround")) | {"calibration.dtype": dtype})
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    originals = {name: p.detach() for name, p in model.named_parameters() if "proj" in name}
+    assert len(seen) == len(originals)
+    assert all(any(torch.equal(weight, p) for p in originals.values()) for weight in seen)
 
 
 def test_training_that_does_not_help_leaves_what_the_refiner_before_it_made(tiny, text, tmp_path):
