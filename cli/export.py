@@ -16,12 +16,13 @@ EPILOG = examples(
     "fewbits export ./model-w3 --to compressed-tensors --allow odd-bits -o ./model-w3-ct",
     "fewbits export ./model-mxfp4 --to compressed-tensors -o ./model-mxfp4-ct",
     "fewbits export ./ternary --to bitnet -o ./ternary-bitnet",
+    "fewbits export ./model-w2 --to dense -o ./model-w2-bf16",
 )
 
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A fewbits checkpoint.")],
-    to: Annotated[str, typer.Option("--to", metavar="T", help="compressed-tensors, gptq, bitnet or gguf.")],
+    to: Annotated[str, typer.Option("--to", metavar="T", help="compressed-tensors, gptq, bitnet, gguf or dense.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder, or file, to write.")],
     allow: Annotated[
         list[str] | None,

@@ -16,6 +16,13 @@ from fewbits.quant.shards import sha256_file
 
 CARD = "README.md"
 
+_PLAIN = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIR")
+```
+"""
+
 _LOADING = {
     "fewbits": """```python
 import fewbits  # pip install fewbits
@@ -36,12 +43,8 @@ model = AutoModelForCausalLM.from_pretrained("DIR")  # without dequantize=True
     vllm serve DIR
 """,
     "gptq": "    vllm serve DIR\n\nor any engine that reads the GPTQ layout.\n",
-    "bitnet": """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("DIR")
-```
-""",
+    "bitnet": _PLAIN,
+    "dense": _PLAIN,
 }
 """How a checkpoint in each layout is loaded. No name of the folder: equal runs make equal files, wherever they are."""
 
@@ -73,15 +76,20 @@ def _parts(
     model = lock.get("model") or {}
     base = _base_name(model)
     yield f"# {base}, {facts.bits_per_weight:.2f} bits\n"
-    yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
-           f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales and "
-           "zero points included. Made with fewbits.\n")
+    if layout == "dense":
+        yield (f"{base}, its weights rounded to codes of {facts.bits_per_weight:.3f} bits each (over the linears of the "
+               "decoder blocks) and stored as floats of these values. Made with fewbits.\n")
+    else:
+        yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
+               f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales "
+               "and zero points included. Made with fewbits.\n")
     yield from _quality(measured, evaluated)
     yield "## Load\n"
     yield "DIR is this folder, or its name on the hub.\n"
     yield _LOADING[layout]
-    yield "## What is stored\n"
-    yield _classes(facts.tensors)
+    if layout != "dense":
+        yield "## What is stored\n"
+        yield _classes(facts.tensors)
     yield "## How it was made\n"
     sources = (lock.get("calibration") or {}).get("sources", [])
     rows = {

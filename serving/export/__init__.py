@@ -10,6 +10,7 @@ from fewbits.quant.errors import RecipeError, nearest
 from fewbits.serving.export.base import Exporter, ExportReport, Progress, require_exportable, staged, totals
 from fewbits.serving.export.bitnet import BitNet
 from fewbits.serving.export.compressed_tensors import CompressedTensors
+from fewbits.serving.export.dense import Dense
 from fewbits.serving.export.gguf import Gguf
 from fewbits.serving.export.gptq import Gptq
 from fewbits.serving.export.stored import open_stored
@@ -17,6 +18,7 @@ from fewbits.serving.export.stored import open_stored
 EXPORTS: dict[str, type[Exporter]] = {
     "bitnet": BitNet,
     "compressed-tensors": CompressedTensors,
+    "dense": Dense,
     "gguf": Gguf,
     "gptq": Gptq,
 }
@@ -29,7 +31,7 @@ def export(
     directory: str | Path, out: str | Path, *, to: str, allow: Collection[str] = (), force: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write a fewbits checkpoint in the layout of another engine; its integers stay as they are.
+    """Write a fewbits checkpoint in the layout of another engine; its integers stay as they are (of ``dense``: floats).
 
     Args:
         to: a name of :data:`EXPORTS`.

@@ -155,32 +155,47 @@ Convert = Callable[[str, QuantizedTensor], Mapping[str, Tensor]]
 """``convert(hub name, matrix)``: the tensors that stand for it, by their local names, e.g. ``weight_packed``."""
 
 
-def write_folder(
-    stored: Stored, folder: Path, quantization_config: Mapping[str, Any], convert: Convert, progress: Progress
-) -> None:
-    """Shards, index and config.json as ``save_pretrained`` names them, and the tokenizer's files."""
+def packed(stored: Stored, convert: Convert) -> Callable[[list[str]], dict[str, Tensor]]:
+    """What :func:`write_folder` asks for: matrices as ``convert`` has them, everything else as it is."""
     by_owner: dict[str, list[HubMatrix]] = {}
     for matrix in hub_matrices(stored):
         by_owner.setdefault(matrix.of, []).append(matrix)
-    shards = list(stored.by_shard())
-    index: dict[str, str] = {}
-    size = 0
-    for i, names in enumerate(shards):
-        progress(_STEP, i, len(shards))
-        dense = {n: stored.dense(n) for n in names if n not in stored.matrices}
-        tensors = hub_tensors(stored, dense)
+
+    def tensors_of(names: list[str]) -> dict[str, Tensor]:
+        tensors = hub_tensors(stored, {n: stored.dense(n) for n in names if n not in stored.matrices})
         for name in names:
             if name in stored.matrices:
                 whole = as_integers(stored.read(name))
                 for hub in by_owner[name]:
                     part = whole if hub.rows is None else whole.rows(hub.rows)
                     tensors |= {f"{hub.name}.{k}": t.contiguous() for k, t in convert(hub.name, part).items()}
+        return tensors
+
+    return tensors_of
+
+
+def write_folder(
+    stored: Stored, folder: Path, quantization_config: Mapping[str, Any] | None,
+    tensors_of: Callable[[list[str]], dict[str, Tensor]], progress: Progress,
+) -> None:
+    """Shards, index and config.json as ``save_pretrained`` names them, and the tokenizer's files.
+
+    Args:
+        tensors_of: of the names of a shard, what is written for them, by the names of the hub.
+    """
+    shards = list(stored.by_shard())
+    index: dict[str, str] = {}
+    size = 0
+    for i, names in enumerate(shards):
+        progress(_STEP, i, len(shards))
+        tensors = tensors_of(names)
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(dict(sorted(tensors.items())), folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
         size += sum(t.nbytes for t in tensors.values())
     progress(_STEP, len(shards), len(shards))
-    _write_json(folder / "config.json", _config(stored) | {"quantization_config": dict(quantization_config)})
+    quantization = {} if quantization_config is None else {"quantization_config": dict(quantization_config)}
+    _write_json(folder / "config.json", _config(stored) | quantization)
     _write_json(folder / "model.safetensors.index.json",
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
     for path in carried(stored.path):

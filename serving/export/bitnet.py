@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbits.quant.errors import FormatError
 from fewbits.quant.targets import Target
 from fewbits.quant.types import Layout, QuantizedTensor
-from fewbits.serving.export.base import Progress, dense_linears, linear_format, write_folder
+from fewbits.serving.export.base import Progress, dense_linears, linear_format, packed, write_folder
 from fewbits.serving.export.stored import Stored
 
 _ELSEWHERE = "add it to keep, or export to compressed-tensors"
@@ -43,7 +43,7 @@ class BitNet:
             "quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline",
             "modules_to_not_convert": dense_linears(stored),
         }
-        write_folder(stored, out, config, bitnet_tensors, progress)
+        write_folder(stored, out, config, packed(stored, bitnet_tensors), progress)
         return ["activations: this layout rounds the input of each linear to 8 bits a token, which fewbits does not; "
                 "measure what is served"]
 

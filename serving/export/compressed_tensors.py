@@ -34,6 +34,7 @@ from fewbits.serving.export.base import (
     kind_obstacle,
     linear_format,
     one_format,
+    packed,
     write_folder,
 )
 from fewbits.serving.export.names import hub_matrices
@@ -93,7 +94,7 @@ class CompressedTensors:
                               f"but quantized ones ({len(kept)} tensors are like it); quantize them too, or --allow "
                               "dense-experts for engines that do, such as vLLM")
         config = quantization_config(stored)
-        write_folder(stored, out, config, packed_tensors, progress)
+        write_folder(stored, out, config, packed(stored, packed_tensors), progress)
         return _warnings(config) + _about_scales(stored)
 
 

@@ -30,6 +30,7 @@ from fewbits.serving.export.base import (
     dense_linears,
     integer_format,
     linear_format,
+    packed,
     write_folder,
 )
 from fewbits.serving.export.names import hub_matrices
@@ -71,7 +72,8 @@ class Gptq:
         modules = _modules(stored)
         version = 1 if all(f.symmetric for f in modules.values() if f) else 2
         config, split = quantization_config(modules, version, lm_head=_head_is_packed(stored))
-        write_folder(stored, out, config, lambda name, tensor: gptq_tensors(name, tensor, version), progress)
+        write_folder(stored, out, config, packed(stored, lambda name, tensor: gptq_tensors(name, tensor, version)),
+                     progress)
         return _warnings(config, split)
 
 
