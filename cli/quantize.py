@@ -113,7 +113,7 @@ def quantize(
             result = run(
                 model, out, recipe=name, overrides=overrides | budget, plan=plan, measured=read_points(measured),
                 stats=stats, device=device, threads=threads, seed=seed, resume=resume, force=force, max_kl=max_kl,
-                effort=effort, progress=progress,
+                effort=effort, progress=progress, announce=say,
             )
         except QualityGateError as missed:
             report(missed.report.to_json())

@@ -34,6 +34,7 @@ EPILOG = examples(
     "fewbits train ./model -o out --recipe bitnet-finetune --text hf:Salesforce/wikitext --steps 2000",
     "fewbits train ./model -o out --recipe bitnet-finetune --text books.txt --set format.layout=int2_g64",
     "fewbits train ./model -o out --recipe bitnet-finetune --text books.txt --resume",
+    "accelerate launch --num_processes 4 -m fewbits.cli.main train ./model -o out --recipe bitnet-finetune --text a",
 )
 
 
@@ -68,7 +69,9 @@ def train(
         overrides = recipe_settings(settings, bits=bits, group_size=group_size, calib=text, samples=None,
                                     seqlen=seqlen)
         result = run(model, out, recipe=recipe, overrides=overrides, steps=steps, lr=lr, rows=samples, device=device,
-                     threads=threads, seed=seed, resume=resume, force=force, progress=progress)
+                     threads=threads, seed=seed, resume=resume, force=force, progress=progress, announce=say)
+        if result is None:
+            return  # one of several processes; the first reports
         report(result.to_json())
     for warning in result.warnings:
         say(f"warning: {warning}")

@@ -77,8 +77,8 @@ def _parts(
     base = _base_name(model)
     yield f"# {base}, {facts.bits_per_weight:.2f} bits\n"
     if layout == "dense":
-        yield (f"{base}, its weights rounded to codes of {facts.bits_per_weight:.3f} bits each (over the linears of the "
-               "decoder blocks) and stored as floats of these values. Made with fewbits.\n")
+        yield (f"{base}, its weights rounded to codes of {facts.bits_per_weight:.3f} bits each (over the linears of "
+               "the decoder blocks) and stored as floats of these values. Made with fewbits.\n")
     else:
         yield (f"{base}, its weights stored in {facts.bits_per_weight:.3f} bits each (over the linears of the decoder "
                f"blocks; {facts.bits_per_weight_total:.3f} over everything), {facts.bytes / 1e6:.1f} MB in all, scales "

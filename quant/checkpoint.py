@@ -45,7 +45,39 @@ def shard_name(index: int, total: int) -> str:
     return f"fewbits-{index + 1:05d}-of-{total:05d}.safetensors"
 
 
-class CheckpointWriter:
+class RunFolder:
+    """The directory of a run that is under way, to read from: what others of its processes see.
+
+    Args:
+        out: the directory.
+        total: number of shards.
+    """
+
+    def __init__(self, out: Path, total: int) -> None:
+        self.out, self.total = out, total
+        self._work = out / _WORK
+
+    def path(self, index: int) -> Path:
+        return self.out / shard_name(index, self.total)
+
+    def has(self, index: int) -> bool:
+        """Whether this shard is finished."""
+        return self.path(index).exists()
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Tensors of a finished shard. Raises CheckpointError when the file is damaged."""
+        return read_shard(self.path(index))
+
+    def facts(self, index: int) -> list[dict[str, Any]]:
+        """What :meth:`CheckpointWriter.write` was told about the tensors of a finished shard."""
+        return json.loads((self._work / f"{index:05d}.json").read_text())
+
+    def keeper(self, name: str) -> StateFile:
+        """Where what runs over the whole checkpoint keeps its state until the run is done."""
+        return StateFile(self._work / f"{name}.safetensors", self.out)
+
+
+class CheckpointWriter(RunFolder):
     """Writes shards of one run into a directory, atomically, and knows which are there already.
 
     Args:
@@ -60,8 +92,7 @@ class CheckpointWriter:
     def __init__(
         self, out: Path, total: int, run: Mapping[str, Any], *, resume: bool, force: bool, need_bytes: int = 0
     ) -> None:
-        self.out, self.total = out, total
-        self._work = out / _WORK
+        super().__init__(out, total)
         if out.exists() and not out.is_dir():
             raise CheckpointError(f"{out}: is a file, needed a directory to write to; choose another output")
         self._lock_file: IO[str] | None = None
@@ -123,21 +154,6 @@ class CheckpointWriter:
                      *self._work.glob("*.safetensors")]:
             path.unlink(missing_ok=True)
 
-    def path(self, index: int) -> Path:
-        return self.out / shard_name(index, self.total)
-
-    def has(self, index: int) -> bool:
-        """Whether this shard is finished."""
-        return self.path(index).exists()
-
-    def read(self, index: int) -> dict[str, Tensor]:
-        """Tensors of a finished shard. Raises CheckpointError when the file is damaged."""
-        return read_shard(self.path(index))
-
-    def facts(self, index: int) -> list[dict[str, Any]]:
-        """What :meth:`write` was told about the tensors of a finished shard."""
-        return json.loads((self._work / f"{index:05d}.json").read_text())
-
     def write(self, index: int, tensors: dict[str, Tensor], facts: list[dict[str, Any]]) -> None:
         """Write a shard; it appears under its name only when it is whole and on disk.
 
@@ -147,10 +163,6 @@ class CheckpointWriter:
         with disk_errors(self.out):
             write_atomically(self._work / f"{index:05d}.json", json.dumps(facts))
             _write_tensors(self.path(index), {k: v.contiguous() for k, v in sorted(tensors.items())})
-
-    def keeper(self, name: str) -> StateFile:
-        """Where what runs over the whole checkpoint keeps its state until the run is done."""
-        return StateFile(self._work / f"{name}.safetensors", self.out)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every shard."""

@@ -29,7 +29,7 @@ from fewbits.eval.speed import peak_rss_bytes
 from fewbits.quant.allocate.menu import require_readable
 from fewbits.quant.allocate.planning import Planner, read_plan
 from fewbits.quant.card import CARD, write_card
-from fewbits.quant.checkpoint import CheckpointWriter, disk_errors, file_sizes
+from fewbits.quant.checkpoint import CheckpointWriter, RunFolder, disk_errors, file_sizes
 from fewbits.quant.errors import CheckpointError, QualityGateError, RecipeError
 from fewbits.quant.manifest import checkpoint_files, run_identity, stats_identity
 from fewbits.quant.plan import Assignment, assign, tensor_fact, totals
@@ -38,7 +38,9 @@ from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.refiners.block import BlockRefiner
 from fewbits.quant.refiners.distill import Distill
+from fewbits.quant.refiners.forecast import pace
 from fewbits.quant.refiners.run import of_blocks, refine_in_block, refine_model
+from fewbits.quant.refiners.team import Team
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
 from fewbits.quant.step import quantize_step
 from fewbits.quant.targets import find_targets
@@ -58,6 +60,7 @@ class QuantizeReport:
         bits_per_weight_total: over everything stored, embeddings and head included.
         bytes: size of the weight files.
         measured: KL to the original on held-out text (``kl_mean``, ``kl_stderr``, nats per token), where asked for.
+        seconds_refining_expected: what a trial before the run made of it; None without refiners.
         worst: the five tensors with the largest relative proxy loss, before any refiner.
         refined: what each refiner did: loss on held-out rows before and after, seconds, and the curve.
         warnings: what the calibration lint found.
@@ -68,6 +71,7 @@ class QuantizeReport:
     seconds_calibration: float = 0.0
     seconds_quantization: float = 0.0
     seconds_refining: float = 0.0
+    seconds_refining_expected: float | None = None
     cpu_seconds: float = 0.0
     peak_rss_bytes: int = 0
     bits_per_weight: float = 0.0
@@ -130,6 +134,8 @@ def quantize(
     measured: Sequence[tuple[float, float]] = (),
     effort: str | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+    team: Team | None = None,
 ) -> QuantizeReport:
     """Quantize a model and write a fewbits checkpoint.
 
@@ -150,6 +156,9 @@ def quantize(
         measured: ``(damage, measured KL)`` of earlier runs on this model, which sharpen the prediction.
         effort: fast, normal or best: what the recipe's refiners may spend; None: what the recipe says.
         progress: called as work is done.
+        announce: called with a line to tell the user before the work, e.g. how long refiners will take.
+        team: processes that were launched together; they share the work of refiners of the whole model. The first of
+            them does everything else, and the report of the others is empty.
 
     Raises:
         FewbitsError: anything that is wrong with the input (see ``fewbits.quant.errors``).
@@ -159,7 +168,8 @@ def quantize(
     _tame_malloc()
     if threads:
         torch.set_num_threads(threads)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    team = team or Team()
+    device = device or team.device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress = progress or (lambda what, done, total: None)
     if not isinstance(recipe, Recipe):
         forced = {"calibration.inputs": "original", "calibration.true_sequential": False} if stats else {}
@@ -175,6 +185,9 @@ def quantize(
     streamed = StreamedModel(source, dtype=getattr(torch, recipe.calibration.dtype), device=where)
     if plan is not None:
         recipe = read_plan(Path(plan), recipe, streamed)
+    if recipe.needs_plan and team.size > 1:
+        raise RecipeError(f"budget: {team.size} processes do not plan together; make a plan with 'fewbits plan' first, "
+                          "and name formats here")
     planner = Planner(streamed, recipe, seed=seed, progress=progress) if recipe.needs_plan else None
     judged = max_kl is not None or bool(recipe.budget.given)
     text = held_out = tuning = None
@@ -190,6 +203,12 @@ def quantize(
         recipe = recipe.model_copy(update={"plan": run["allocation"]["formats"]})
     assignment = assign(recipe, streamed)
     require_readable(assignment.layouts, recipe.allocate)
+    over_all = {n: r for n, r in refiners.items() if isinstance(r, Distill)}
+    if not team.first:
+        assert tuning is not None
+        refine_model(streamed, assignment, RunFolder(Path(out), len(streamed.block_modules) + 1), over_all,
+                     text_rows(tuning, tuning.n_rows), seed=seed, progress=progress, team=team)
+        return QuantizeReport(output=str(out))
     stored = kept if needs_stats else None
     writer = CheckpointWriter(
         Path(out), len(streamed.block_modules) + 1, run, resume=resume, force=force,
@@ -200,6 +219,13 @@ def quantize(
         output=str(out), warnings=[] if text is None else list(text.warnings),
         predicted=run["allocation"]["predicted"] if planner else None,
     )
+    if refiners and text is not None:
+        own = pace(streamed, assignment, text.tokens.shape[1])
+        seconds = own.of_all(refiners, text.tokens, None if tuning is None else tuning.tokens) / team.size
+        report.seconds_refining_expected = seconds
+        if announce is not None:
+            announce(f"refining ({', '.join(refiners)}) will take about {seconds / 60:.1f} min on this machine, beside "
+                     "the time to quantize")
     try:
         with clock.timing("calibration"):
             curvature = _curvature(streamed, recipe, assignment, text, seed, progress)
@@ -215,11 +241,11 @@ def quantize(
             _write_rest(job, collector)
         progress("Quantizing", writer.total, writer.total)
         made = of_blocks(in_blocks, writer, clock.refiners)
-        if over_all := {n: r for n, r in refiners.items() if isinstance(r, Distill)}:
+        if over_all:
             assert tuning is not None
             with clock.timing("refining"):
                 made += refine_model(streamed, assignment, writer, over_all, text_rows(tuning, tuning.n_rows),
-                                     seed=seed, progress=progress)
+                                     seed=seed, progress=progress, team=team)
         report.refined = [r.to_json() for r in made]
         report.warnings += [r.warning for r in made if r.warning]
         if stored:

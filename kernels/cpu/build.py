@@ -70,6 +70,9 @@ LIBRARIES = {
         "fewbits_grid_loss": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG,
                               _INT],
     }),
+    "divergence": Library("the loss of refiners is computed in plain torch, several times slower", {
+        "fewbits_divergence": [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
+    }),
     "trellis_matmul": Library("layers of trellis codes run in plain torch, many times slower", {
         "fewbits_trellis_gemv": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],
         "fewbits_trellis_dequantize": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _FLOAT, _INT],

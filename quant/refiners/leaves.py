@@ -5,7 +5,7 @@ A backward pass leaves a gradient in each; every quantized tensor makes of its o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Leaves:
             tunable.anneal(progress)
             read_weight(self._model, self._targets[name]).copy_(tunable.dense())
         self.install({}, {name: free.value() for name, free in self.plain.items()})
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Of every parameter; zeros where the last passes left none."""
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            yield parameter.grad
 
     def step(self, *, rate: float, code_rate: float, most: float = 1.0) -> None:
         """Move everything down its gradient, which is forgotten; see :meth:`Tunable.step`."""

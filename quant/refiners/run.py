@@ -18,10 +18,12 @@ from fewbits.calibration.block import Block
 from fewbits.calibration.collect import Collector
 from fewbits.calibration.stream import StreamedModel
 from fewbits.calibration.survey import dense_model
-from fewbits.quant.checkpoint import CheckpointWriter
+from fewbits.quant.checkpoint import CheckpointWriter, RunFolder
+from fewbits.quant.errors import CalibrationError, RecipeError
 from fewbits.quant.plan import Assignment
 from fewbits.quant.refiners.block import BlockRefiner, refine_block
 from fewbits.quant.refiners.distill import Distill
+from fewbits.quant.refiners.team import Team
 from fewbits.quant.refiners.whole import Progress, Whole, finished, teacher_states, tune
 from fewbits.quant.targets import read_weight
 from fewbits.quant.types import QuantizedTensor
@@ -97,35 +99,52 @@ def of_blocks(
 
 
 def refine_model(
-    streamed: StreamedModel, assignment: Assignment, writer: CheckpointWriter, refiners: Mapping[str, Distill],
-    rows: Sequence[Tensor], *, seed: int, progress: Progress,
+    streamed: StreamedModel, assignment: Assignment, folder: RunFolder, refiners: Mapping[str, Distill],
+    rows: Sequence[Tensor], *, seed: int, progress: Progress, team: Team,
 ) -> list[Refined]:
-    """Run the refiners of a whole model over the checkpoint in ``writer``, one after the other.
+    """Run the refiners of a whole model over the checkpoint in ``folder``, one after the other.
 
     Args:
+        folder: a :class:`CheckpointWriter` in the first process of the team.
         rows: token ids ``(L,)``, enough for the refiner that wants most: rows to tune on first, then held-out ones.
+
+    Raises:
+        RecipeError: a batch that the processes cannot share.
+        CalibrationError: too little text.
     """
-    stored = Stored(streamed, assignment, writer)
+    for name, refiner in refiners.items():
+        if refiner.batch % team.size:
+            raise RecipeError(f"refine.{name}.batch: got {refiner.batch}, needed a multiple of the {team.size} "
+                              "processes that share it; set it, or start another number of them")
+    team.wait()  # for the first to have quantized
+    stored = Stored(streamed, assignment, folder)
+    mine = team.part(range(len(rows)))
     teacher: Teacher | None = None
     out = []
     for name, refiner in refiners.items():
         started = time.monotonic()
-        keeper = writer.keeper(name)
-        n = min(refiner.samples, max(1, len(rows) - refiner.held_out))
-        own, held = range(n), range(max(n, len(rows) - refiner.held_out), len(rows))
+        keeper, schedule = folder.keeper(name), refiner.schedule()
+        held_from = max(1, len(rows) - refiner.held_out)
+        n = min(refiner.samples, held_from)
+        if n < team.size or len(rows) <= held_from:
+            raise CalibrationError(f"refine.{name}: got a text of {len(rows)} rows, needed {team.size} to tune on and "
+                                   "one to judge by; give more text, or a smaller calibration.seqlen")
+        own, held = [j for j, i in enumerate(mine) if i < n], [j for j, i in enumerate(mine) if i >= held_from]
         if (done := finished(keeper, stored.tensors)) is None:
-            teacher = teacher or Teacher(streamed, rows, progress)
+            teacher = teacher or Teacher(streamed, [rows[i] for i in mine], progress)
             whole = Whole(teacher.student(stored, moves=refiner.weights), streamed.targets,
-                          stored.tensors if refiner.weights else {}, make=refiner.tunable, norms=stored.norms)
-            done = tune(whole, teacher.rows, teacher.states, own, held, refiner.schedule(), seed=seed, keeper=keeper,
-                        progress=progress, title=f"Refining: {name}")
+                          stored.tensors if refiner.weights else {}, make=refiner.tunable, norms=stored.norms,
+                          team=team)
+            done = tune(whole, teacher.rows, teacher.states, own, held, schedule, schedule.steps(n), seed=seed,
+                        keeper=keeper, progress=progress, title=f"Refining: {name}")
         tuned, (tensors, norms) = done
         stored.tensors |= tensors
         stored.norms |= norms
         curve = [(i, loss, None if seen != seen else seen) for i, loss, seen in tuned.curve]
         out.append(Refined(name, tuned.before, tuned.after, time.monotonic() - started, curve))
-    if any(r.helped for r in out):
-        stored.write([r.name for r in out if r.helped])
+    team.wait()  # for all to have read what there is
+    if isinstance(folder, CheckpointWriter) and any(r.helped for r in out):
+        stored.write(folder, [r.name for r in out if r.helped])
     return out
 
 
@@ -137,8 +156,8 @@ class Stored:
         norms: dense parameters of one dimension, of the decoder: norms and biases.
     """
 
-    def __init__(self, streamed: StreamedModel, assignment: Assignment, writer: CheckpointWriter) -> None:
-        self._assignment, self._writer = assignment, writer
+    def __init__(self, streamed: StreamedModel, assignment: Assignment, folder: RunFolder) -> None:
+        self._assignment = assignment
         self.tensors: dict[str, QuantizedTensor] = {}
         self.outside: dict[str, QuantizedTensor] = {}
         self.norms: dict[str, Tensor] = {}
@@ -147,23 +166,23 @@ class Stored:
         names: dict[int | None, list[str]] = {}
         for name in assignment.layouts:
             names.setdefault(streamed.block_index(name), []).append(name)
-        self._names = [names.get(index, []) for index in (None, *range(writer.total - 1))]
+        self._names = [names.get(index, []) for index in (None, *range(folder.total - 1))]
         for i, own in enumerate(self._names):
-            shard = {k: v.to(streamed.device) for k, v in writer.read(i).items()}
+            shard = {k: v.to(streamed.device) for k, v in folder.read(i).items()}
             (self.tensors if i else self.outside).update(assignment.unpack(own, shard))
             self.norms |= {n: t for n, t in shard.items() if n in tunable}
 
-    def write(self, refiners: list[str]) -> None:
+    def write(self, writer: CheckpointWriter, refiners: list[str]) -> None:
         """Write what is in ``tensors`` and ``norms`` now."""
         for i, names in enumerate(self._names):
-            shard, own = self._writer.read(i), names if i else []
+            shard, own = writer.read(i), names if i else []
             new = shard | self._assignment.pack({n: self.tensors[n] for n in own})
             new |= {n: t for n, t in self.norms.items() if n in shard}
-            facts = self._writer.facts(i)
+            facts = writer.facts(i)
             for fact in facts:
                 if fact["name"] in own or fact["name"] in self.norms:
                     fact["refined"] = refiners
-            self._writer.write(i, new, facts)
+            writer.write(i, new, facts)
 
 
 class Teacher:

@@ -27,6 +27,7 @@ from fewbits.calibration.hidden import HIDDEN_LIMIT_BYTES, HiddenStates
 from fewbits.quant.errors import ModelError
 from fewbits.quant.refiners.leaves import Leaves
 from fewbits.quant.refiners.losses import Loss, pull
+from fewbits.quant.refiners.team import Team
 from fewbits.quant.refiners.tunable import Free, Tunable
 from fewbits.quant.targets import Target, read_weight
 from fewbits.quant.types import QuantizedTensor
@@ -105,12 +106,14 @@ class Whole:
         tensors: by target name, of what is quantized inside of the decoder blocks.
         make: of a tensor and its original weight, what moves it.
         norms: dense parameters that move too, by name, as they are stored.
+        team: the processes that tune it, each on rows of its own.
     """
 
     def __init__(
         self, model: Any, targets: Mapping[str, Target], tensors: Mapping[str, QuantizedTensor], *,
-        make: Callable[[QuantizedTensor, Tensor], Tunable], norms: Mapping[str, Tensor],
+        make: Callable[[QuantizedTensor, Tensor], Tunable], norms: Mapping[str, Tensor], team: Team,
     ) -> None:
+        self.team = team
         self.model = model.eval().requires_grad_(False)
         tunables = {name: make(tensor, read_weight(model, targets[name])) for name, tensor in tensors.items()}
         plain = {name: Free((-1, name), stored, _scale(stored)) for name, stored in norms.items()}
@@ -121,14 +124,17 @@ class Whole:
 
     @torch.no_grad()
     def loss_on(self, rows: Sequence[Tensor], teacher: HiddenStates, which: Sequence[int], loss: Loss) -> float:
-        """Mean loss per token of what is installed."""
-        total = sum(self._pull(loss, rows[i], teacher[i], 1.0) for i in which)
-        return total / sum(rows[i].numel() for i in which)
+        """Mean loss per token of what is installed, over the rows of all processes."""
+        own = sum(self._pull(loss, rows[i], teacher[i], 1.0) for i in which)
+        total, count = self.team.total(own, sum(rows[i].numel() for i in which))
+        return total / count
 
     def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float) -> float:
-        """One step over a few batches of rows; its mean loss per token."""
-        count = sum(b.numel() for b in batches)
-        total = sum(self._pull(schedule.loss, ids, known, 1 / count) for ids, known in zip(batches, teacher))
+        """One step over a few batches of rows, and those of other processes; their mean loss per token."""
+        (count,) = self.team.total(sum(b.numel() for b in batches))
+        own = sum(self._pull(schedule.loss, ids, known, 1 / count) for ids, known in zip(batches, teacher))
+        (total,) = self.team.total(own)
+        self.team.add_up(self.leaves.gradients())
         self.leaves.step(rate=schedule.rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
         return total / count
 
@@ -139,16 +145,18 @@ class Whole:
 
 def tune(
     whole: Whole, rows: Sequence[Tensor], teacher: HiddenStates, own: Sequence[int], held: Sequence[int],
-    schedule: Schedule, *, seed: int, keeper: Keeper, progress: Progress, title: str,
+    schedule: Schedule, steps: int, *, seed: int, keeper: Keeper, progress: Progress, title: str,
 ) -> tuple[Tuned, Best]:
     """Tune, look at held-out rows now and then, and give back what was best on them.
 
     Args:
-        rows: batches of one row each, ``(1, L)``.
+        rows: batches of one row each, ``(1, L)``: those of this process.
         teacher: what the original's decoder makes of them.
         own, held: which of them to tune on, and which to judge by.
+        steps: of the schedule.
     """
-    steps, leaves = schedule.steps(len(own)), whole.leaves
+    leaves, team = whole.leaves, whole.team
+    batch = schedule.batch // team.size
     checks = {round(steps * (i + 1) / schedule.checks) for i in range(schedule.checks)}
     if (kept := keeper.load()) is not None:
         done, tuned, best = _resumed(kept, whole.start[0])
@@ -156,10 +164,10 @@ def tune(
     else:
         start = whole.loss_on(rows, teacher, held, schedule.loss)
         done, tuned, best = 0, Tuned(start, start), whole.start
-    order = _order(len(own), steps * schedule.batch, seed)
+    order = _order(len(own), steps * batch, seed + team.rank)
     leaves.anneal(done / steps)
     for step in range(done, steps):
-        chosen = [own[i] for i in order[step * schedule.batch : (step + 1) * schedule.batch]]
+        chosen = [own[i] for i in order[step * batch : (step + 1) * batch]]
         loss = whole.step(*_gathered(rows, teacher, chosen), schedule, schedule.factor(step, steps))
         if not math.isfinite(loss):
             raise ModelError(f"{title}: the loss is {loss} at step {step + 1} of {steps}; lower the learning rates")
@@ -171,7 +179,7 @@ def tune(
             if seen < tuned.after:
                 tuned.after, best = seen, now
         tuned.curve.append((step + 1, loss, seen))
-        if step + 1 in checks:
+        if step + 1 in checks and team.first:
             keeper.save(_kept(leaves, step + 1, tuned, best, finished=step + 1 == steps))
         leaves.anneal((step + 1) / steps)
         progress(title, step + 1, steps)

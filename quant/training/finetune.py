@@ -9,15 +9,18 @@ from typing import Any
 from fewbits.quant.errors import RecipeError
 from fewbits.quant.pipeline import QuantizeReport, quantize
 from fewbits.quant.recipe import load_recipe
+from fewbits.quant.refiners.team import Team
 
 
 def train(
     model: str | Path, out: str | Path, *, recipe: str, overrides: Mapping[str, Any] | None = None,
     steps: int | None = None, lr: float | None = None, rows: int | None = None, device: str | None = None,
     threads: int | None = None, seed: int = 0, resume: bool = False, force: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> QuantizeReport:
+    progress: Callable[[str, int, int], None] | None = None, announce: Callable[[str], None] | None = None,
+) -> QuantizeReport | None:
     """Train a pretrained model with its codes in the loop, and write a fewbits checkpoint.
+
+    Processes that ``accelerate launch`` or ``torchrun`` started together train one model, each on a part of the rows.
 
     Args:
         model: a Hugging Face id, a directory of safetensors, or a GGUF file.
@@ -26,7 +29,11 @@ def train(
         steps: of training; None: what the recipe says, or one pass over the rows.
         lr: learning rate of the weights, in steps of their grids.
         rows: of text, at most.
-        out, device, threads, seed, resume, force, progress: as :func:`~fewbits.quant.pipeline.quantize` has them.
+        out, device, threads, seed, resume, force, progress, announce: as :func:`~fewbits.quant.pipeline.quantize` has
+            them.
+
+    Returns:
+        what was made; None in all processes but the first.
 
     Raises:
         RecipeError: the recipe does not train.
@@ -37,5 +44,8 @@ def train(
         raise RecipeError(f"--recipe: got {recipe}, which trains nothing; use bitnet-finetune, or give the recipe a "
                           "table [refine.qat]")
     chosen = {**(overrides or {}), **{k: v for k, v in own.items() if v is not None}}
-    return quantize(model, out, recipe=recipe, overrides=chosen, device=device, threads=threads, seed=seed,
-                    resume=resume, force=force, progress=progress)
+    team = Team.of_launch(device)
+    made = quantize(model, out, recipe=recipe, overrides=chosen, device=device, threads=threads, seed=seed,
+                    resume=resume, force=force, progress=progress if team.first else None,
+                    announce=announce if team.first else None, team=team)
+    return made if team.first else None
