@@ -16,7 +16,7 @@ def takes(logits: Tensor) -> bool:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) float32 ``(T,)`` of logits ``(T, V)``, and its gradient by the student's, in their dtype."""
+    """KL(teacher || student) float32 ``(T,)`` of logits ``(T, V)``, and its gradient by the student's, in its dtype."""
     library = load("divergence")
     assert library is not None, "ask takes() first"
     student, teacher = student.contiguous(), teacher.to(student.dtype).contiguous()

@@ -29,7 +29,7 @@ class Distill:
         held_out: rows beyond them that decide when to stop, and whether it helped.
         epochs: passes over the rows.
         batch: rows of a step.
-        rate: learning rate, in the size of what moves.
+        rate: learning rate, in the size of what moves; falls with the root of the loss where that is below a nat.
         weights: whether parameters of quantized weights move, or norms and biases alone.
         loss: kl, dad (tokens weighed by the teacher's entropy, to the power of gamma), or topk.
         gamma: of dad.

@@ -48,7 +48,9 @@ class Schedule:
     Attributes:
         epochs: passes over the rows.
         batch: rows of a step.
-        rate: of scales, codebooks and norms, in their own size; 0: they stay.
+        rate: of scales, codebooks and norms, in their own size, where the loss is a nat or more; 0: they stay. What the
+            noise of steps costs grows with their square whatever the loss is, so that the rate falls with the root of
+            the loss that there is at the start.
         code_rate: of latents of codes, in steps of their grids; 0: codes stay.
         most: share of the codes that a step may change.
         checks: how often the held-out rows are looked at; what was best on them is kept.
@@ -129,13 +131,15 @@ class Whole:
         total, count = self.team.total(own, sum(rows[i].numel() for i in which))
         return total / count
 
-    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float) -> float:
+    def step(
+        self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, rate: float, factor: float
+    ) -> float:
         """One step over a few batches of rows, and those of other processes; their mean loss per token."""
         (count,) = self.team.total(sum(b.numel() for b in batches))
         own = sum(self._pull(schedule.loss, ids, known, 1 / count) for ids, known in zip(batches, teacher))
         (total,) = self.team.total(own)
         self.team.add_up(self.leaves.gradients())
-        self.leaves.step(rate=schedule.rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
+        self.leaves.step(rate=rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
         return total / count
 
     def _pull(self, loss: Loss, ids: Tensor, known: Tensor, scale: float) -> float:
@@ -164,11 +168,12 @@ def tune(
     else:
         start = whole.loss_on(rows, teacher, held, schedule.loss)
         done, tuned, best = 0, Tuned(start, start), whole.start
+    rate = schedule.rate * math.sqrt(min(1.0, max(0.0, tuned.before)))
     order = _order(len(own), steps * batch, seed + team.rank)
     leaves.anneal(done / steps)
     for step in range(done, steps):
         chosen = [own[i] for i in order[step * batch : (step + 1) * batch]]
-        loss = whole.step(*_gathered(rows, teacher, chosen), schedule, schedule.factor(step, steps))
+        loss = whole.step(*_gathered(rows, teacher, chosen), schedule, rate, schedule.factor(step, steps))
         if not math.isfinite(loss):
             raise ModelError(f"{title}: the loss is {loss} at step {step + 1} of {steps}; lower the learning rates")
         seen = math.nan

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fewbits
+from fewbits.kernels.cpu import divergence
 from fewbits.quant import checkpoint
 from fewbits.quant.checkpoint import StateFile
 from fewbits.quant.errors import RecipeError
@@ -127,8 +128,31 @@ def test_state_restores():
 # -- losses ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (5, 1003), (40, 257)])
+def test_the_compiled_divergence_is_that_of_torch(shape, dtype, monkeypatch):
+    """Also far from each other, where probabilities vanish, and at the same place, where the loss is 0."""
+    if not divergence.takes(torch.zeros(1, 1)):
+        pytest.skip("no C compiler")
+    torch.manual_seed(0)
+    for scale in (0.0, 1.0, 30.0, 300.0):
+        student = (scale * torch.randn(shape)).to(dtype).requires_grad_()
+        teacher = (scale * torch.randn(shape)).to(dtype)
+        found = []
+        for takes in (divergence.takes, lambda logits: False):
+            monkeypatch.setattr(divergence, "takes", takes)
+            kl = Loss()(student, teacher)
+            (gradient,) = torch.autograd.grad(kl.sum(), student)
+            found.append((kl.detach(), gradient.float()))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kind", ["kl", "dad", "topk"])
-def test_losses_and_their_gradients(kind):
+def test_losses_and_their_gradients(kind, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(divergence, "takes", lambda logits: False)
     torch.manual_seed(0)
     head = torch.randn(50, 16)
     student, teacher = torch.randn(700, 16, requires_grad=True), torch.randn(700, 16)
