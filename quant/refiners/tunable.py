@@ -119,6 +119,7 @@ class Tunable:
         self.tensor = tensor
         self.free = [*_free(tensor)]
         self.latents: dict[int, Tensor] = {}
+        self._known: dict[int, Tensor] = {}
         self._moments: dict[int, Moments] = {}
         self._units: dict[int, Tensor] = {}
         if weight is not None:
@@ -177,8 +178,19 @@ class Tunable:
     def _part(self, i: int, params: Params, latent: Tensor | None) -> Tensor:
         """What the codes of a segment mean, float32 ``(N, columns)``."""
         segment = self.tensor.segments[i]
+        if latent is None and all(free.where[0] != i for free in self.free):
+            return self._fixed_part(i)
         part = Segment(segment.format, segment.codes, params).dequantize()
         return part if latent is None else part + (latent - latent.detach())
+
+    def _fixed_part(self, i: int) -> Tensor:
+        """That of a segment of which nothing moves, as with a trellis. CPUs are slower to decode than short of memory."""
+        segment = self.tensor.segments[i]
+        if segment.codes.device.type != "cpu":
+            return segment.dequantize()
+        if i not in self._known:
+            self._known[i] = segment.dequantize()
+        return self._known[i]
 
     def frozen(self) -> QuantizedTensor:
         """What it is now, as it is stored."""
