@@ -37,7 +37,7 @@ def _refined(rows: list[Row]) -> str:
     def line(r: Row) -> list[Any]:
         last = r["refined"][-1]
         rest = r["seconds_calibration"] + r["seconds_quantization"]
-        name = ", ".join(filter(None, (r["recipe"], r.get("effort"))))
+        name = ", ".join(filter(None, (r["recipe"], *r["settings"], r.get("effort"))))
         return [name, r["bits"], f"{r['bits_per_weight']:.3f}", *_scores(r),
                 ", ".join(x["refiner"] for x in r["refined"]),
                 f"{last['before']:.4f} to {last['after']:.4f}", f"{rest:.0f}", f"{r['seconds_refining']:.0f}",

@@ -184,7 +184,7 @@ class Tunable:
         return part if latent is None else part + (latent - latent.detach())
 
     def _fixed_part(self, i: int) -> Tensor:
-        """That of a segment of which nothing moves, as with a trellis. CPUs are slower to decode than short of memory."""
+        """That of a segment of which nothing moves, as with a trellis: CPUs decode slowly and have the memory."""
         segment = self.tensor.segments[i]
         if segment.codes.device.type != "cpu":
             return segment.dequantize()
