@@ -65,12 +65,13 @@ def text(split: str) -> Path:
     return out
 
 
-def evaluate(checkpoint: Path, baseline: Path) -> dict[str, Any]:
-    """Perplexity on 40 windows and KL on the first 4, both against the original."""
+def evaluate(checkpoint: Path, baseline: Path, activations: str | None = None) -> dict[str, Any]:
+    """Perplexity on 40 windows and KL on the first 4, both against the original; perhaps with inputs rounded."""
     import fewbits
 
     report = fewbits.evaluate(
-        checkpoint, baseline=baseline, text=[text("test")], window=WINDOW, limit=WINDOWS, kl_windows=KL_WINDOWS
+        checkpoint, baseline=baseline, text=[text("test")], window=WINDOW, limit=WINDOWS, kl_windows=KL_WINDOWS,
+        activations=activations,
     )
     return report.to_json()
 

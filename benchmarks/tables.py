@@ -48,6 +48,12 @@ def _refined(rows: list[Row]) -> str:
                   ) + _original(rows)
 
 
+def _activations(rows: list[Row]) -> str:
+    return _table(["layout", "stored bits per weight", "inputs", "perplexity", "KL to the original", "top-1"],
+                  [[r["layout"], f"{r['bits_per_weight']:.3f}", r["activations"] or "as they are", *_scores(r)]
+                   for r in rows]) + _original(rows)
+
+
 def _distortion(rows: list[Row]) -> str:
     return _table(
         ["format", "bits", "squared error", "bound at these bits", "gap, dB", "weights/s"],
@@ -254,6 +260,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
         "per token on those held-out rows. Seconds: wall, of quantizing with its calibration, and of refining. "
         "`python -m benchmarks.quality --name refined --resume --bits 2 --recipes best-2bit best-2bit-trellis "
         "pv-tuning`, and so on", _refined),
+    "activations": (
+        "Inputs of 4 bits too, simulated",
+        "Recipe llm-fp4, the same protocol; inputs of quantized linears rounded token by token, one scale and the best "
+        "split into exponent and mantissa for each (fpq4_row). scl: with quantizer.scales = inputs, which evens inputs "
+        "out by powers of two. A simulation: products are in floating point. `python -m benchmarks.activations`",
+        _activations),
     "heads": (
         "Output heads", "The head of SmolLM2-135M-Instruct alone, 49152 x 576, all else in float32; statistics of "
         "64 x 512 tokens of WikiText-2 valid, KL and perplexity on 4 windows of 1024 tokens of test. pq8_v2 is recipe "
