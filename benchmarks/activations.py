@@ -2,8 +2,8 @@
 
     FEWBITS_DATA=... python -m benchmarks.activations [--layouts fpq4 scl:fpq4] [--activations fpq4_row]
 
-Both by recipe llm-fp4 on the protocol of ``protocol.py``. A layout of ``scl:`` shifts large inputs down by powers of two
-and their weights up. Rows that are there are kept.
+Both by recipe llm-fp4 on the protocol of ``protocol.py``. A layout of ``scl:`` shifts large inputs down by powers of
+two and their weights up. Rows that are there are kept.
 """
 
 from __future__ import annotations
