@@ -39,7 +39,7 @@ from fewbits.quant.recipe import Recipe, load_recipe
 from fewbits.quant.refiners.block import BlockRefiner
 from fewbits.quant.refiners.distill import Distill
 from fewbits.quant.refiners.forecast import pace
-from fewbits.quant.refiners.run import of_blocks, refine_in_block, refine_model
+from fewbits.quant.refiners.run import of_blocks, refine_in_block, refine_model, require_shares
 from fewbits.quant.refiners.team import Team
 from fewbits.quant.source import Source, check_finite, open_source, require_dense
 from fewbits.quant.step import quantize_step
@@ -169,7 +169,7 @@ def quantize(
     if threads:
         torch.set_num_threads(threads)
     team = team or Team()
-    device = device or team.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = team.device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     progress = progress or (lambda what, done, total: None)
     if not isinstance(recipe, Recipe):
         forced = {"calibration.inputs": "original", "calibration.true_sequential": False} if stats else {}
@@ -196,6 +196,8 @@ def quantize(
         text, held_out = load_text(recipe, streamed, seed, held_out=judged)
         tuning = text.tuning
     run = run_identity(source, recipe, text if needs_stats else None, seed=seed, device=device, tuning=tuning)
+    if team.size > 1:  # each has rows of its own, so that their number decides the order of all rows
+        run["processes"] = team.size
     kept = StoredStats(Path(stats), stats_identity(source, recipe, text)) if stats and text else None
     if planner is not None:
         known = _known_allocation(Path(out), run) if resume else None
@@ -204,6 +206,7 @@ def quantize(
     assignment = assign(recipe, streamed)
     require_readable(assignment.layouts, recipe.allocate)
     over_all = {n: r for n, r in refiners.items() if isinstance(r, Distill)}
+    require_shares(over_all, 0 if tuning is None else tuning.n_rows, team)
     if not team.first:
         assert tuning is not None
         refine_model(streamed, assignment, RunFolder(Path(out), len(streamed.block_modules) + 1), over_all,

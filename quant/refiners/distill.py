@@ -58,6 +58,11 @@ class Distill:
         return Schedule(self.epochs, self.batch, self.rate, 0.0, 1.0, self.checks,
                         Loss(self.loss, self.gamma, self.top_k))
 
+    def share_out(self, rows: int) -> tuple[int, int]:
+        """Of so many rows: how many to tune on, and the first of those to judge by, which are the last."""
+        held_from = max(1, rows - self.held_out)
+        return min(self.samples, held_from), held_from
+
     def with_effort(self, effort: Effort) -> Any:
         """The same with less text, or more passes over it."""
         if effort == "fast":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,8 +46,8 @@ class Pace:
             there = (refiner.checks + 1) * (rows // refiner.held_out) * length * self.forward
             back = refiner.iterations * refiner.batch * length * self.backward
             return self.blocks * (there + back) + refiner.iterations * self.step
-        schedule, held = refiner.schedule(), refiner.held_out
-        steps = schedule.steps(min(refiner.samples, max(1, rows - held)))
+        schedule, (own, held_from) = refiner.schedule(), refiner.share_out(rows)
+        steps, held = schedule.steps(own), rows - held_from
         there = (schedule.checks + 1) * held * length * (self.blocks * self.forward + self.judge)
         back = steps * schedule.batch * length * (self.blocks * self.backward + self.pull)
         return there + back + (steps * self.step if refiner.weights else 0.0)
@@ -110,7 +110,8 @@ def pace(streamed: StreamedModel, assignment: Assignment, length: int) -> Pace:
 
 
 def _step_seconds(weight: Tensor, assignment: Assignment, name: str) -> float:
-    tensor, _ = RTN().quantize(weight, None, assignment.layouts[name], seed=0)
+    layout = replace(assignment.layouts[name], permuted=False)  # there are no statistics to sort columns by
+    tensor, _ = RTN().quantize(weight, None, layout, seed=0)
     tunable = Tunable(tensor)
 
     def step() -> None:

@@ -32,6 +32,7 @@ class QAT(Distill):
     """
 
     samples: Annotated[int, Field(ge=1)] = 4096
+    checks: Annotated[int, Field(ge=1)] = 32
     steps: Annotated[int, Field(ge=0)] = 0
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.3
     code_rate: Annotated[float, Field(gt=0, le=1)] = 0.004

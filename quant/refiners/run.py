@@ -98,6 +98,23 @@ def of_blocks(
     return out
 
 
+def require_shares(refiners: Mapping[str, Distill], rows: int, team: Team) -> None:
+    """Before any work: there is text to tune on and to judge by, and every process has a part of it.
+
+    Raises:
+        RecipeError: a batch that the processes cannot share.
+        CalibrationError: too little text.
+    """
+    for name, refiner in refiners.items():
+        if refiner.batch % team.size:
+            raise RecipeError(f"refine.{name}.batch: got {refiner.batch}, needed a multiple of the {team.size} "
+                              "processes that share it; set it, or start another number of them")
+        n, held_from = refiner.share_out(rows)
+        if n < team.size or rows <= held_from:
+            raise CalibrationError(f"refine.{name}: got a text of {rows} rows, needed {team.size} to tune on, one "
+                                   "to judge by; give more text, or a smaller calibration.seqlen")
+
+
 def refine_model(
     streamed: StreamedModel, assignment: Assignment, folder: RunFolder, refiners: Mapping[str, Distill],
     rows: Sequence[Tensor], *, seed: int, progress: Progress, team: Team,
@@ -108,14 +125,7 @@ def refine_model(
         folder: a :class:`CheckpointWriter` in the first process of the team.
         rows: token ids ``(L,)``, enough for the refiner that wants most: rows to tune on first, then held-out ones.
 
-    Raises:
-        RecipeError: a batch that the processes cannot share.
-        CalibrationError: too little text.
     """
-    for name, refiner in refiners.items():
-        if refiner.batch % team.size:
-            raise RecipeError(f"refine.{name}.batch: got {refiner.batch}, needed a multiple of the {team.size} "
-                              "processes that share it; set it, or start another number of them")
     team.wait()  # for the first to have quantized
     stored = Stored(streamed, assignment, folder)
     mine = team.part(range(len(rows)))
@@ -124,11 +134,7 @@ def refine_model(
     for name, refiner in refiners.items():
         started = time.monotonic()
         keeper, schedule = folder.keeper(name), refiner.schedule()
-        held_from = max(1, len(rows) - refiner.held_out)
-        n = min(refiner.samples, held_from)
-        if n < team.size or len(rows) <= held_from:
-            raise CalibrationError(f"refine.{name}: got a text of {len(rows)} rows, needed {team.size} to tune on and "
-                                   "one to judge by; give more text, or a smaller calibration.seqlen")
+        n, held_from = refiner.share_out(len(rows))
         own, held = [j for j, i in enumerate(mine) if i < n], [j for j, i in enumerate(mine) if i >= held_from]
         if (done := finished(keeper, stored.tensors)) is None:
             teacher = teacher or Teacher(streamed, [rows[i] for i in mine], progress)
