@@ -271,11 +271,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "levels": (
         "Few levels, and number formats",
         "The same protocol, any group size that is not named the largest power of two up to 128. Ternary codes five to "
-        "a byte where the name ends in _b3. `python -m benchmarks.quality --name levels --resume --recipes ternary "
-        "bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:binary2 bitmod "
-        "bitmod:bitmod3 nupes nupes:nupes3 rtn:int3_g64 rtn:int4_g64 gptq:int4_g64 llm-fp4 nf4 mxfp4 nvfp4`; best first "
-        "among those of about as many bits. Bits of codes alone are what papers count (1.61 for PTQ1.61). Clipped GPTQ "
-        "integers of 3 bits are in the first table", _levels),
+        "a byte where the name ends in _b3. Best first among those of about as many bits; bits of codes alone are what "
+        "papers count (1.61 for PTQ1.61). `python -m benchmarks.quality --name levels --resume --recipes ternary "
+        "bitnet-absmean bitnet-absmedian ptq161 ifairy db-llm db-llm:binary2 bitmod bitmod:bitmod3 nupes nupes:nupes3 "
+        "rtn:int3_g64 rtn:int4_g64 gptq:int4_g64 llm-fp4 nf4 mxfp4 nvfp4`; clipped GPTQ integers of 3 bits are in the "
+        "first table", _levels),
     "refined": (
         "Refined",
         "The same protocol: quantized on the first 128 x 512 tokens of WikiText-2 valid, then tuned end to end on "
