@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": "fewbits.cli.sweep:sweep",
     "eval": "fewbits.cli.eval:evaluate",
     "generate": "fewbits.cli.generate:generate",
+    "bench": "fewbits.cli.bench:bench",
     "inspect": "fewbits.cli.inspect:inspect",
     "export": "fewbits.cli.export:export",
     "doctor": "fewbits.cli.doctor:doctor",

@@ -19,13 +19,15 @@ _LAZY = {
     "load": "fewbits.serving.transformers",
     "export": "fewbits.serving.export",
     "evaluate": "fewbits.eval.report",
+    "bench": "fewbits.eval.bench",
     "Recipe": "fewbits.quant.recipe",
     "FewbitsError": "fewbits.quant.errors",
 }
 
-__all__ = ["FewbitsError", "Recipe", "__version__", "evaluate", "export", "load", "plan", "quantize", "sweep"]
+__all__ = ["FewbitsError", "Recipe", "__version__", "bench", "evaluate", "export", "load", "plan", "quantize", "sweep"]
 
 if TYPE_CHECKING:
+    from fewbits.eval.bench import bench
     from fewbits.eval.report import evaluate
     from fewbits.quant.allocate.run import plan, sweep
     from fewbits.quant.errors import FewbitsError
