@@ -149,8 +149,9 @@ def train(model: Any, text: Tensor, rate: float, seed: int, steps: int = STEPS) 
 
 @torch.no_grad()
 def bits_per_byte(model: Any, text: Tensor) -> float:
-    """Over windows side by side; the first byte of each is context alone."""
-    windows = text[: WINDOWS * LENGTH].view(-1, BATCH, LENGTH)
+    """Over windows side by side, as many as there are up to 1024; the first byte of each is context alone."""
+    batches = min(WINDOWS * LENGTH, len(text)) // (BATCH * LENGTH)
+    windows = text[: batches * BATCH * LENGTH].view(-1, BATCH, LENGTH)
     return sum(float(loss_of(model, ids)) for ids in windows) / len(windows) / math.log(2)
 
 
