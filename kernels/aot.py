@@ -33,7 +33,7 @@ from fewbits.kernels import (
     triton_trellis,
     triton_vectors,
 )
-from fewbits.kernels.triton_int import GEMV_TILE, RUNS, Tile, gemm_tile, tile_for
+from fewbits.kernels.triton_int import GEMV_TILES, RUNS, Tile, gemm_tile, tile_for
 from fewbits.quant.formats import parse_format
 
 TIMEOUT = 600
@@ -184,7 +184,7 @@ def arguments(job: Job, chip: Chip) -> tuple[dict[str, object], Tile]:
     strides = {"s_sn": 1, "s_sg": job.rows, "BITS": job.bits, "RUN": RUNS[job.bits], "GROUP": group,
                "SYM": job.symmetric}
     if job.kernel == "gemv":
-        tile = GEMV_TILE
+        tile = tile_for(job.rows, GEMV_TILES)
         return {**common, "s_xm": job.columns, "s_ym": job.rows, **strides, "EVEN": job.columns % tile.b_k == 0,
                 "b_n": tile.b_n, "b_r": tile.b_k // RUNS[job.bits]}, tile
     tile = gemm_tile(job.tokens, job.bits, group)
@@ -214,7 +214,8 @@ def _grouped_arguments(job: Job) -> tuple[dict[str, object], Tile]:
     fmt = parse_format(job.named)
     assert isinstance(fmt, triton_groups.Format)
     fixed, run = triton_groups.constants(fmt, job.columns), RUNS[fmt.code_bits]
-    tile = GEMV_TILE if job.kernel == "group_gemv" else tile_for(job.tokens, triton_int.GEMM_TILES)
+    tile = (triton_groups.gemv_tile(fmt, job.rows) if job.kernel == "group_gemv"
+            else tile_for(job.tokens, triton_int.GEMM_TILES))
     known: dict[str, object] = {
         "p_x": f"*{job.dtype}", "p_w": "*i32", "p_c": "*bf16" if job.named == "mxfp4" else "*fp16", "p_t": "*u8",
         "p_book": "*fp32", "p_whole": "*fp32", "p_y": f"*{job.dtype}", "M": job.tokens, "N": job.rows,

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 TRITON_GEMV_TOKENS = 2
-"""Its work grows with every token: 7 instructions a weight each, where the gemm takes 10 for 16 tokens
+"""Its work grows with every token: 5 instructions a weight each, where the gemm takes 10 for 16 tokens
 (benchmarks/aot.py)."""
 
 

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from fewbits.kernels.triton_int import (
     GEMM_TILES,
-    GEMV_TILE,
+    GEMV_TILES,
     INTERPRET,
     RUNS,
     WARP,
+    Tile,
     load,
     run_bits,
+    run_codes,
+    run_units,
     split_product,
     store_tile,
     tile_for,
@@ -108,15 +111,25 @@ def group_gemv(p_x, p_w, p_c, p_t, p_book, p_whole, p_y, N, K, words, s_xm, s_ym
     token = tl.program_id(0).to(tl.int64)  # the faster axis: programs that read the same rows run at the same time
     row = tl.minimum(o_n, N - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
     p_row = p_w + row * words
+    unit = run_units(BITS, RUN)
     acc = tl.zeros((b_n, b_r), tl.float32)
     for start in range(0, tl.cdiv(K, RUN), b_r):
         o_run = start + tl.arange(0, b_r)
         o_k = o_run[:, None] * RUN + tl.arange(0, RUN)[None, :]
         x = load(p_x + token * s_xm + o_k, o_k < K, EVEN).to(tl.float32)
-        raw = run_bits(p_row, o_run, words, BITS, RUN, EVEN)
-        w = _weights(raw, row, start * RUN, p_c, p_t, p_book, K, s_cn, s_cp, s_cg, BITS, RUN, GROUP, SCALES, START,
-                     STEP, MEAN, TYPES, EVEN, b_r)
-        acc += tl.sum(x[None, :, :] * w, axis=2)
+        if SCALES == 1 and GROUP % RUN == 0:  # levels are even: a run's scale and its start are applied to its sums
+            o_param = row[:, None] * s_cn + ((o_run * RUN) // GROUP if GROUP else o_run * 0)[None, :] * s_cg
+            m = (o_run * RUN < K)[None, :]
+            part = tl.sum((x * unit[None, :])[None, :, :] * run_codes(p_row, o_run, words, BITS, RUN, EVEN), axis=2)
+            total = tl.sum(x, axis=1)[None, :]
+            acc += (part * STEP + total * START) * load(p_c + o_param, m, EVEN).to(tl.float32)
+            if MEAN:
+                acc += total * load(p_c + s_cp + o_param, m, EVEN).to(tl.float32)
+        else:
+            raw = run_bits(p_row, o_run, words, BITS, RUN, EVEN)
+            w = _weights(raw, row, start * RUN, p_c, p_t, p_book, K, s_cn, s_cp, s_cg, BITS, RUN, GROUP, SCALES, START,
+                         STEP, MEAN, TYPES, EVEN, b_r)
+            acc += tl.sum(x[None, :, :] * w, axis=2)
     y = tl.sum(acc, axis=1)
     if WHOLE:
         y /= tl.load(p_whole)
@@ -168,9 +181,15 @@ def constants(fmt: Format, columns: int) -> dict[str, object]:
     return out | {"SCALES": len(basis.start), "START": basis.start[0], "STEP": basis.steps[0][0], "MEAN": fmt.mean}
 
 
+def gemv_tile(fmt: Format, rows: int) -> Tile:
+    """That of integers where codes are used like these, one scale to a group; else the narrow one."""
+    alike = isinstance(fmt, LevelsFormat) and len(fmt.basis.start) == 1
+    return tile_for(rows, GEMV_TILES) if alike else GEMV_TILES[0][1]
+
+
 def gemv(x: Tensor, packed: Tensor, coef: Tensor, kind: Tensor, book: Tensor, whole: Tensor, fmt: Format) -> Tensor:
     """``x (M, K) -> (M, N)`` for a few tokens; operands as in ``groups.py``."""
-    (tokens, columns), (rows, words), tile = x.shape, packed.shape, GEMV_TILE
+    (tokens, columns), (rows, words), tile = x.shape, packed.shape, gemv_tile(fmt, packed.shape[0])
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     group_gemv[(tokens, triton.cdiv(rows, tile.b_n))](
         x, packed, coef, kind, book, whole, y, rows, columns, words, x.stride(0), y.stride(0), *coef.stride(),

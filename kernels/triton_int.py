@@ -3,7 +3,7 @@
 Both read the disk layout. A *run* is what one load brings in: the codes of one word, or for 3 bits, whose codes
 straddle words, 32 codes in 3 words that stay in the registers of one thread, so the funnel shift costs no exchange.
 Codes become floats without a conversion instruction, which has a quarter of the rate of an addition: code | 2^23 as
-float bits, minus (2^23 + zero), is exactly code - zero.
+float bits, minus 2^23, is exactly the code; and for a few tokens without a shift, wherever in the low bits it lies.
 
 Operands as in ``reference.py``; ``dispatch.prepare`` makes ``scale`` and ``zero`` column-major for the gemm.
 Nothing is tuned at start-up: tiles come from the small tables below. They were chosen from compiled code (registers,
@@ -71,6 +71,59 @@ def run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: t
 
 
 @triton.jit
+def _code(a, i: tl.constexpr, BITS: tl.constexpr):
+    """Code ``i`` of a word whose exponent bits are those of 2^23 already: all other bits go."""
+    return a & (0x4B000000 | (((1 << BITS) - 1) << (i * BITS)))
+
+
+@triton.jit
+def _four_codes(a, i: tl.constexpr, step: tl.constexpr, BITS: tl.constexpr):
+    """Codes ``i, i + step, i + 2 step, i + 3 step``, in this order along two new axes."""
+    return tl.join(tl.join(_code(a, i, BITS), _code(a, i + 2 * step, BITS)),
+                   tl.join(_code(a, i + step, BITS), _code(a, i + 3 * step, BITS)))
+
+
+@triton.jit
+def run_codes(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
+    """Runs as in :func:`run_bits`: float32 ``(b_n, b_r, RUN)``, exactly each code over its :func:`run_units`.
+
+    A code becomes a float where it lies in its word, in the low bits of 2^23, so that it takes one instruction and no
+    shift. The powers of two that stand before them are taken from x, where many rows share the work.
+    """
+    if BITS == 3:
+        o_word = (o_run * 3)[None, :]
+        p_word = p_row[:, None] + o_word
+        w0 = load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
+        w1 = load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
+        w2 = load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
+        even = tl.join(w0, (w1 >> 16) | (w2 << 16))
+        pieces = tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
+        a = tl.join(pieces, pieces >> 12) | 0x4B000000
+    else:
+        word = load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN).to(tl.uint32, bitcast=True)
+        a = tl.join(word, word >> 16) | 0x4B000000
+    if BITS == 8:
+        raw = tl.join(_code(a, 0, BITS), _code(a, 1, BITS))
+    elif BITS >= 3:
+        raw = _four_codes(a, 0, 1, BITS)
+    elif BITS == 2:
+        raw = tl.join(_four_codes(a, 0, 2, BITS), _four_codes(a, 1, 2, BITS))
+    else:
+        raw = tl.join(tl.join(_four_codes(a, 0, 4, BITS), _four_codes(a, 2, 4, BITS)),
+                      tl.join(_four_codes(a, 1, 4, BITS), _four_codes(a, 3, 4, BITS)))
+    raw = tl.reshape(raw, (p_row.shape[0], o_run.shape[0], RUN))
+    return raw.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def run_units(BITS: tl.constexpr, RUN: tl.constexpr):
+    """float32 ``(RUN,)``: the powers of two by which codes are more in :func:`run_codes`, inverted."""
+    PER: tl.constexpr = 4 if BITS == 3 else 16 // BITS
+    exponent = 127 - BITS * (tl.arange(0, RUN) % PER)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _minus_zero(raw, zero, BITS: tl.constexpr):
     """float32 ``code - zero``, exactly, of the codes in the lowest bits of ``raw``."""
     magic = (raw & ((1 << BITS) - 1)) | 0x4B000000
@@ -101,22 +154,23 @@ def int_gemv(p_x, p_w, p_s, p_z, p_y, N, K, words, s_xm, s_ym, s_sn, s_sg, BITS:
     row = tl.minimum(o_n, N - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
     o_r, o_j = tl.arange(0, b_r), tl.arange(0, RUN)
     p_row = p_w + row * words
+    unit = run_units(BITS, RUN)
     acc = tl.zeros((b_n, b_r), tl.float32)
     for start in range(0, tl.cdiv(K, RUN), b_r):
         o_run = start + o_r
         o_k = o_run[:, None] * RUN + o_j[None, :]
         x = load(p_x + token * s_xm + o_k, o_k < K, EVEN).to(tl.float32)
-        raw = run_bits(p_row, o_run, words, BITS, RUN, EVEN)
-        if GROUP % RUN == 0:  # a run lies in one group (also for GROUP == 0)
+        codes = run_codes(p_row, o_run, words, BITS, RUN, EVEN)
+        if GROUP % RUN == 0:  # a run lies in one group (also for GROUP == 0), and its zero point is taken off its sum
             o_g = (o_run * RUN) // GROUP if GROUP else o_run * 0
             o_param = row[:, None] * s_sn + o_g[None, :] * s_sg
             scale, zero = _params(p_s + o_param, p_z + o_param, (o_run * RUN < K)[None, :], BITS, SYM, EVEN)
-            w = _minus_zero(raw, zero[:, :, None], BITS)
-            acc += tl.sum(x[None, :, :] * w, axis=2) * scale
+            part = tl.sum((x * unit[None, :])[None, :, :] * codes, axis=2)
+            acc += (part - tl.sum(x, axis=1)[None, :] * zero) * scale
         else:
             o_param = row[:, None, None] * s_sn + (o_k // GROUP)[None, :, :] * s_sg
             scale, zero = _params(p_s + o_param, p_z + o_param, (o_k < K)[None, :, :], BITS, SYM, EVEN)
-            acc += tl.sum(x[None, :, :] * (_minus_zero(raw, zero, BITS) * scale), axis=2)
+            acc += tl.sum(x[None, :, :] * ((codes * unit[None, None, :] - zero) * scale), axis=2)
     y = tl.sum(acc, axis=1)
     tl.store(p_y + token * s_ym + o_n, y.to(p_y.dtype.element_ty), mask=o_n < N)
 
@@ -193,8 +247,12 @@ class Tile:
     stages: int
 
 
-GEMV_TILE = Tile(b_m=1, b_n=8, b_k=512, warps=4, stages=2)
-"""32 weights a thread and step: a run of 3-bit codes must not be shared by two threads."""
+GEMV_TILES = (
+    (16384, Tile(b_m=1, b_n=8, b_k=512, warps=4, stages=2)),
+    (None, Tile(b_m=1, b_n=16, b_k=512, warps=2, stages=2)),
+)
+"""Largest N -> tile. A thread has 32 weights of a row in a step (a run of 3-bit codes must not be shared by two); or
+128 of several rows, which share what it takes to bring x in, but that leaves fewer threads: only where rows abound."""
 
 WARP = 64 if torch.version.hip else 32
 """Threads of a warp of the GPU that torch was built for."""
@@ -209,9 +267,9 @@ GEMM_TILES = (
 MAX_SPLIT = 8
 
 
-def tile_for(tokens: int, tiles: Iterable[tuple[int | None, Tile]]) -> Tile:
-    """The first tile whose largest M is not exceeded."""
-    return next(t for limit, t in tiles if limit is None or tokens <= limit)
+def tile_for(size: int, tiles: Iterable[tuple[int | None, Tile]]) -> Tile:
+    """The first tile whose largest size is not exceeded."""
+    return next(t for limit, t in tiles if limit is None or size <= limit)
 
 
 def gemm_tile(tokens: int, bits: int, group: int) -> Tile:
@@ -229,7 +287,7 @@ def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: in
     rows, words = packed.shape
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     group = 0 if scale.shape[1] == 1 else columns // scale.shape[1]
-    tile = GEMV_TILE
+    tile = tile_for(rows, GEMV_TILES)
     int_gemv[(tokens, triton.cdiv(rows, tile.b_n))](
         x, packed, scale, packed if zero is None else zero, y, rows, columns, words, x.stride(0), y.stride(0),
         scale.stride(0), scale.stride(1), BITS=bits, RUN=RUNS[bits], GROUP=group, SYM=zero is None,
