@@ -22,7 +22,6 @@ def main() -> None:
     args = parser.parse_args()
     source, rows = protocol.real_model(), protocol.load_rows(NAME)
     baseline = open_source(source).path
-    given = {k: v for k, v in protocol.CALIBRATION.items() if not k.startswith("format.")}
     for layout in args.layouts:
         missing = [a for a in (None, *args.activations)
                    if not any((r["layout"], r["activations"]) == (layout, a) for r in rows)]
@@ -31,7 +30,7 @@ def main() -> None:
         out = protocol.RESULTS / "checkpoints" / f"{NAME}-{layout}".replace(":", "-")
         scales = {"quantizer.scales": "inputs"} if layout.startswith("scl:") else {}
         made = fewbits.quantize(source, out, recipe="llm-fp4", force=True, overrides={
-            **given, "calibration.sources": [str(protocol.text("valid"))], "format.layout": layout, **scales})
+            **protocol.given(named=True), "format.layout": layout, **scales})
         for activations in missing:
             scores = protocol.evaluate(out, baseline, activations=activations)
             kept = {k: v for k, v in scores.items() if isinstance(v, float | int)}

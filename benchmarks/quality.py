@@ -35,9 +35,7 @@ def main() -> None:
             wanted = (recipe, bits, args.set, args.effort)
             if any((r["recipe"], r["bits"], r["settings"], r.get("effort")) == wanted for r in rows):
                 continue
-            given = protocol.CALIBRATION if not layout else {
-                k: v for k, v in protocol.CALIBRATION.items() if not k.startswith("format.")}
-            overrides = {**given, "calibration.sources": [str(protocol.text("valid"))], **own}
+            overrides = {**protocol.given(named=bool(layout)), **own}
             if not layout:
                 overrides["format.bits"] = bits
             name = "-".join(map(str, filter(None, (args.name, recipe, bits, args.effort))))

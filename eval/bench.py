@@ -23,7 +23,8 @@ import torch
 
 from fewbits.eval.models import Loaded, open_model, thread_count
 from fewbits.eval.scoring import Progress, silent
-from fewbits.eval.speed import peak_rss_bytes
+from fewbits.eval.speed import now, peak_rss_bytes
+from fewbits.eval.text import context_length
 from fewbits.kernels.explain import explain
 from fewbits.kernels.linear import PackedMatrix, QuantEmbedding, TiedHead
 from fewbits.quant.errors import FewbitsError
@@ -224,8 +225,7 @@ def bytes_per_token(name: str, model: Any) -> int:
 
 
 def _prompt(model: Any, tokens: int) -> torch.Tensor:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
-    count = max(1, min(tokens, most // 2))
+    count = max(1, min(tokens, (context_length(model) or 2 * tokens) // 2))
     vocabulary = model.get_input_embeddings().num_embeddings
     return (torch.arange(count, device=model.device) * 37 % vocabulary)[None]
 
@@ -241,13 +241,11 @@ def _run(model: Any, new_tokens: int) -> tuple[float, float]:
 
 
 def _generate(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, int]:
-    start = time.perf_counter()
+    start = now(model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens,
                          max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
                          pad_token_id=0)
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start, out.shape[1] - ids.shape[1]
+    return now(model.device) - start, out.shape[1] - ids.shape[1]
 
 
 if __name__ == "__main__":

@@ -54,19 +54,20 @@ def decode_speed(model: Any, *, prompt_tokens: int = 16, new_tokens: int = 32, r
 
 def _decode(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt and for ``new_tokens`` forward passes after it."""
-    start = _now(model.device)
+    start = now(model.device)
     out = model(prompt, use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
-    middle = _now(model.device)
+    middle = now(model.device)
     for _ in range(new_tokens):
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
-    return middle - start, _now(model.device) - middle
+    return middle - start, now(model.device) - middle
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":  # kernels are only queued until then
-        torch.cuda.synchronize(device)
+def now(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.type != "cpu":  # kernels are only queued until then
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from fewbits.kernels import coded
 from fewbits.kernels.coded import CODED_KERNELS, CodedKernel
-from fewbits.kernels.dispatch import KERNELS, Kernel
+from fewbits.kernels.dispatch import KERNELS, Kernel, select_kernel
 from fewbits.quant.formats.integer import IntFormat
 from fewbits.quant.types import Format
 
@@ -27,9 +29,11 @@ class Choice:
 
 def explain(fmt: Format, tokens: int, device: str) -> Choice:
     """The choice for so many tokens on a type of device (``cpu``, ``cuda``)."""
-    chosen: str | None = None
+    chosen = select_kernel(fmt, tokens, torch.device(device))
     rejected: dict[str, str] = {}
     for name, kernel, lack in _family(fmt):
+        if name == chosen:
+            continue
         if kernel.device not in (None, device):
             rejected[name] = f"runs on {kernel.device}"
         elif lack:
@@ -38,12 +42,8 @@ def explain(fmt: Format, tokens: int, device: str) -> Choice:
             rejected[name] = "needs a C compiler" if device == "cpu" else "needs Triton"
         elif kernel.max_tokens is not None and tokens > kernel.max_tokens:
             rejected[name] = f"is for at most {kernel.max_tokens} tokens"
-        elif chosen is not None:
-            rejected[name] = f"{chosen} is preferred"
         else:
-            chosen = name
-    if chosen is None:  # a format that no table has: decoded by itself
-        return Choice("reference", rejected)
+            rejected[name] = f"{chosen} is preferred"
     return Choice(chosen, rejected)
 
 

@@ -38,6 +38,26 @@ def load(p, m, EVEN: tl.constexpr):
 
 
 @triton.jit
+def run_words(p_row, o_run, words, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Runs ``o_run (b_r)`` of rows ``p_row (b_n)`` as uint32 that hold whole codes from their lowest bit on.
+
+    ``(b_n, b_r)``; of 3 bits ``(b_n, b_r, 2, 2)``: 32 codes in 3 words are 4 pieces of 8 codes in 24 bits, and what is
+    above these is no part of a piece.
+    """
+    if BITS == 3:
+        o_word = (o_run * 3)[None, :]
+        p_word = p_row[:, None] + o_word
+        w0 = load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
+        w1 = load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
+        w2 = load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
+        even = tl.join(w0, (w1 >> 16) | (w2 << 16))
+        return tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
+    else:
+        word = load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN)
+        return word.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: tl.constexpr):
     """Runs ``o_run (b_r)`` of rows ``p_row (b_n)``: uint32 ``(b_n, b_r, RUN)`` with each code in the lowest bits.
 
@@ -45,20 +65,12 @@ def run_bits(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: t
     word; a broadcast against an arange of shifts let the compiler spread a word over 8 threads, which cost 3 times
     the instructions.
     """
-    if BITS == 3:  # 32 codes in 3 words are 4 pieces of 8 codes in 24 bits
-        o_word = (o_run * 3)[None, :]
-        p_word = p_row[:, None] + o_word
-        w0 = load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
-        w1 = load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
-        w2 = load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
-        even = tl.join(w0, (w1 >> 16) | (w2 << 16))
-        raw = tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
+    raw = run_words(p_row, o_run, words, BITS, EVEN)
+    if BITS == 3:
         raw = tl.join(raw, raw >> 12)
         raw = tl.join(raw, raw >> 6)
         raw = tl.join(raw, raw >> 3)
     else:
-        word = load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN)
-        raw = word.to(tl.uint32, bitcast=True)
         raw = tl.join(raw, raw >> 16)
         raw = tl.join(raw, raw >> 8)
         if BITS <= 4:
@@ -90,18 +102,8 @@ def run_codes(p_row, o_run, words, BITS: tl.constexpr, RUN: tl.constexpr, EVEN: 
     A code becomes a float where it lies in its word, in the low bits of 2^23, so that it takes one instruction and no
     shift. The powers of two that stand before them are taken from x, where many rows share the work.
     """
-    if BITS == 3:
-        o_word = (o_run * 3)[None, :]
-        p_word = p_row[:, None] + o_word
-        w0 = load(p_word, o_word < words, EVEN).to(tl.uint32, bitcast=True)
-        w1 = load(p_word + 1, o_word + 1 < words, EVEN).to(tl.uint32, bitcast=True)
-        w2 = load(p_word + 2, o_word + 2 < words, EVEN).to(tl.uint32, bitcast=True)
-        even = tl.join(w0, (w1 >> 16) | (w2 << 16))
-        pieces = tl.join(even, tl.join((w0 >> 24) | (w1 << 8), w2 >> 8))
-        a = tl.join(pieces, pieces >> 12) | 0x4B000000
-    else:
-        word = load(p_row[:, None] + o_run[None, :], (o_run < words)[None, :], EVEN).to(tl.uint32, bitcast=True)
-        a = tl.join(word, word >> 16) | 0x4B000000
+    whole = run_words(p_row, o_run, words, BITS, EVEN)
+    a = tl.join(whole, whole >> (12 if BITS == 3 else 16)) | 0x4B000000
     if BITS == 8:
         raw = tl.join(_code(a, 0, BITS), _code(a, 1, BITS))
     elif BITS >= 3:

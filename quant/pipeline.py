@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,11 +207,13 @@ def quantize(
     assignment = assign(recipe, streamed)
     require_readable(assignment.layouts, recipe.allocate)
     over_all = {n: r for n, r in refiners.items() if isinstance(r, Distill)}
-    require_shares(over_all, 0 if tuning is None else tuning.n_rows, team)
+    rows = [] if tuning is None else text_rows(tuning, tuning.n_rows)
+    require_shares(over_all, len(rows), team)
+    refine = partial(refine_model, streamed, assignment, refiners=over_all, rows=rows, seed=seed, progress=progress,
+                     team=team)
     if not team.first:
-        assert tuning is not None
-        refine_model(streamed, assignment, RunFolder(Path(out), len(streamed.block_modules) + 1), over_all,
-                     text_rows(tuning, tuning.n_rows), seed=seed, progress=progress, team=team)
+        if over_all:
+            refine(folder=RunFolder(Path(out), len(streamed.block_modules) + 1))
         return QuantizeReport(output=str(out))
     stored = kept if needs_stats else None
     writer = CheckpointWriter(
@@ -245,10 +248,8 @@ def quantize(
         progress("Quantizing", writer.total, writer.total)
         made = of_blocks(in_blocks, writer, clock.refiners)
         if over_all:
-            assert tuning is not None
             with clock.timing("refining"):
-                made += refine_model(streamed, assignment, writer, over_all, text_rows(tuning, tuning.n_rows),
-                                     seed=seed, progress=progress, team=team)
+                made += refine(folder=writer)
         report.refined = [r.to_json() for r in made]
         report.warnings += [r.warning for r in made if r.warning]
         if stored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.calibration.stream import StreamedModel
+from fewbits.eval.speed import now
 from fewbits.quant.plan import Assignment
 from fewbits.quant.quantizers.rtn import RTN
 from fewbits.quant.refiners import Refiner
@@ -123,12 +124,8 @@ def _step_seconds(weight: Tensor, assignment: Assignment, name: str) -> float:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Of the faster of two runs: the first has more to set up."""
-    return min(_once(work, device) for _ in range(2))
-
-
-def _once(work: Callable[[], object], device: torch.device) -> float:
-    start = time.monotonic()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.monotonic() - start
+    times = [now(device)]
+    for _ in range(2):
+        work()
+        times.append(now(device))
+    return min(b - a for a, b in itertools.pairwise(times))

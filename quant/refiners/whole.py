@@ -16,7 +16,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -131,15 +131,13 @@ class Whole:
         total, count = self.team.total(own, sum(rows[i].numel() for i in which))
         return total / count
 
-    def step(
-        self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, rate: float, factor: float
-    ) -> float:
+    def step(self, batches: Sequence[Tensor], teacher: Sequence[Tensor], schedule: Schedule, factor: float) -> float:
         """One step over a few batches of rows, and those of other processes; their mean loss per token."""
         (count,) = self.team.total(sum(b.numel() for b in batches))
         own = sum(self._pull(schedule.loss, ids, known, 1 / count) for ids, known in zip(batches, teacher))
         (total,) = self.team.total(own)
         self.team.add_up(self.leaves.gradients())
-        self.leaves.step(rate=rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
+        self.leaves.step(rate=schedule.rate * factor, code_rate=schedule.code_rate * factor, most=schedule.most)
         return total / count
 
     def _pull(self, loss: Loss, ids: Tensor, known: Tensor, scale: float) -> float:
@@ -168,12 +166,12 @@ def tune(
     else:
         start = whole.loss_on(rows, teacher, held, schedule.loss)
         done, tuned, best = 0, Tuned(start, start), whole.start
-    rate = schedule.rate * math.sqrt(min(1.0, max(0.0, tuned.before)))
+    schedule = replace(schedule, rate=schedule.rate * math.sqrt(min(1.0, max(0.0, tuned.before))))
     order = _order(len(own), steps * batch, seed + team.rank)
     leaves.anneal(done / steps)
     for step in range(done, steps):
         chosen = [own[i] for i in order[step * batch : (step + 1) * batch]]
-        loss = whole.step(*_gathered(rows, teacher, chosen), schedule, rate, schedule.factor(step, steps))
+        loss = whole.step(*_gathered(rows, teacher, chosen), schedule, schedule.factor(step, steps))
         if not math.isfinite(loss):
             raise ModelError(f"{title}: the loss is {loss} at step {step + 1} of {steps}; lower the learning rates")
         seen = math.nan

@@ -28,19 +28,19 @@ class Dense:
 
     def write(self, stored: Stored, out: Path, progress: Progress) -> list[str]:
         dtype = stored.model.dtype  # config.json's, which the original is in
-        write_folder(stored, out, None, lambda names: hub_tensors(stored, _parameters(stored, names, dtype)), progress)
+        owners: dict[str, list[str]] = {}  # experts share a parameter
+        for name, (target, _) in stored.matrices.items():
+            owners.setdefault(f"{target.module_path}.{target.param_name}", []).append(name)
+        firsts = {names[0]: full for full, names in owners.items()}
+
+        def tensors_of(names: list[str]) -> dict[str, Tensor]:
+            """The parameters among these; a shared one is written where the first that shares it lies."""
+            found = {name: stored.dense(name) for name in names if name not in stored.matrices}
+            for full in (firsts[name] for name in names if name in firsts):
+                found[full] = torch.empty(stored.model.get_parameter(full).shape, dtype=dtype)
+                for name in owners[full]:
+                    as_matrix(found[full], stored.matrices[name][0]).copy_(stored.read(name).dequantize())
+            return hub_tensors(stored, found)
+
+        write_folder(stored, out, None, tensors_of, progress)
         return [f"weights: rounded to {str(dtype).removeprefix('torch.')}, which config.json says that the model is in"]
-
-
-def _parameters(stored: Stored, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's parameters among ``names``. Experts share one, which is written where the first of them lies."""
-    sharing: dict[str, list[str]] = {}
-    for name, (target, _) in stored.matrices.items():
-        sharing.setdefault(f"{target.module_path}.{target.param_name}", []).append(name)
-    out = {name: stored.dense(name) for name in names if name not in stored.matrices}
-    for full, owners in sharing.items():
-        if owners[0] in names:
-            out[full] = torch.empty(stored.model.get_parameter(full).shape, dtype=dtype)
-            for name in owners:
-                as_matrix(out[full], stored.matrices[name][0]).copy_(stored.read(name).dequantize())
-    return out
